@@ -1,0 +1,70 @@
+# Every target sets itself up: the first one to run creates .venv and installs qtune into it, once, and again when pyproject.toml changes.
+# PYTHON=python3.12          the interpreter that .venv is made from (3.10 or newer)
+# TORCH="torch==2.13.0 ..."  what pip installs as torch, options included, when the default is not what you want
+# ARGS="-k nf4 -x"           more arguments for pytest
+
+PYTHON ?= python3
+# without an NVIDIA GPU: one fixed torch, installed first, so that nothing else chooses a CUDA build
+TORCH ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'torch>=2.10'; else echo 'torch==2.13.0'; fi)
+ARGS ?=
+
+VENV := .venv
+READY := $(VENV)/.ready
+PY := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check bench clean setup FORCE
+
+help: ## list these targets
+	@echo "make TARGET, where TARGET is one of:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: setup ## fine-tune a small model on an NF4 base, merge and verify it (minutes on 2 CPU cores)
+	@$(PY) -m qtune demo
+
+test: setup ## run the tests that are not marked slow
+	@$(PY) -m pytest -q -m "not slow" $(ARGS)
+
+test-slow: setup ## run the tests marked slow
+	@$(PY) -m pytest -q -m slow $(ARGS)
+
+check: setup ## lint (ruff) and type-check (mypy)
+	@$(PY) -m ruff check .; linted=$$?; $(PY) -m mypy && exit $$linted
+
+bench: setup ## run every benchmarks/*.py
+	@set -e; for script in benchmarks/[a-z]*.py; do test -e "$$script" || continue; echo "== $$script"; $(PY) "$$script"; done
+
+clean: ## remove what building and testing left behind (.venv and runs/ stay)
+	@rm -rf build dist qtune.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	@echo "clean; to set up afresh as well: rm -rf $(VENV)"
+
+setup: $(READY)
+
+# also when another torch is asked for, and when the interpreter behind .venv is gone (Python upgraded or removed)
+ifneq ($(origin TORCH)$(shell $(PY) -c 'print(1)' 2>/dev/null),file1)
+$(READY): FORCE
+endif
+
+# The mark is written last: an interrupted set-up is taken up again by the next run.
+$(READY): pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "qtune needs Python 3.10 or newer, but $(PYTHON) is $$("$(PYTHON)" --version 2>&1 | head -n 1). Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	  exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+	  echo "[1/3] creating $(VENV) with $$("$(PYTHON)" --version)"; \
+	  "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "$(PYTHON) cannot create virtual environments: its modules venv and ensurepip are missing. On Debian or Ubuntu: sudo apt install python3-venv" >&2; \
+	    exit 1; }; \
+	  "$(PYTHON)" -m venv --clear $(VENV); }
+	@rm -f $(READY)
+	@torch='$(TORCH)'; set -f; \
+	if test '$(origin TORCH)' = file && $(PY) -c 'from importlib.metadata import version; version("torch")' 2>/dev/null; then \
+	  echo "[2/3] torch is installed"; \
+	else \
+	  echo "[2/3] installing $$torch (a large download: minutes on most lines)"; \
+	  $(PY) -m pip install --quiet --disable-pip-version-check $$torch; \
+	fi
+	@echo "[3/3] installing qtune and what it needs"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,gguf]'
+	@touch $(READY)

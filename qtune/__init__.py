@@ -1,0 +1,66 @@
+"""qtune: fine-tune large language models on quantized bases.
+
+    from qtune.adapters import AdapterSpec
+    model = qtune.load("model-folder", qtune.SCHEMES["nf4"]())
+    qtune.adapt(model, AdapterSpec("lora", targets=("all-linear",)))
+
+The public names are read from their rooms at first use (PEP 562), so that importing qtune does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same table for type checkers and editors; a test compares the two
+    from .adapters import METHODS as METHODS
+    from .adapters import adapt as adapt
+    from .export import merge as merge
+    from .model import load as load
+    from .quant import SCHEMES as SCHEMES
+    from .runs import quantize as quantize
+    from .trainer import train as train
+
+    __version__: str
+
+_PUBLIC = {
+    "METHODS": "adapters:METHODS",
+    "SCHEMES": "quant:SCHEMES",
+    "adapt": "adapters:adapt",
+    "load": "model:load",
+    "merge": "export:merge",
+    "quantize": "runs:quantize",
+    "train": "trainer:train",
+}
+
+__all__ = ["METHODS", "SCHEMES", "__version__", "adapt", "load", "merge", "quantize", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _PUBLIC:
+        room, _, attribute = _PUBLIC[name].partition(":")
+        value = getattr(import_module(f".{room}", __name__), attribute)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """The installed version; in a checkout that is not installed, the one that pyproject.toml states."""
+    import re
+    from importlib.metadata import PackageNotFoundError, version
+    from pathlib import Path
+
+    try:
+        return version("qtune")
+    except PackageNotFoundError:
+        project = Path(__file__).parent.parent / "pyproject.toml"
+        found = re.search(r'^version = "(.+)"$', project.read_text("utf-8"), re.M) if project.is_file() else None
+        return found[1] if found else "0+unknown"

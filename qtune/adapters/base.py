@@ -1,0 +1,332 @@
+"""Adapter: the trainable change at one site, written once as `forward(x, base)`, the equation of its paper.
+
+The base is always a QuantLinear, so no method knows a scheme and no scheme knows a method. Merging is derived: the
+identity, pushed in blocks through `forward` over the dequantized base, comes out as the merged weight. Saving,
+loading, freezing and counting fall out of nn.Module. Convention: parameters are cast to x's dtype in `forward`, so
+that the same adapter runs in bf16 in training and in fp32 for the merge.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import QtuneError, one_of
+from ..quant import Dense, QuantLinear
+
+METHODS: dict[str, type[Adapter]] = {}
+ALL_LINEAR = "all-linear"
+PROBE_ROWS = 512  # rows of the identity that a merge pushes through at a time
+SHARED = "adapter_shared"  # the model's child that holds what a method's sites share
+
+
+@dataclass
+class Source:
+    """What is known of a layer before it is packed; lives only while the layer is loaded. weight [out, in], gram and
+    grad optional."""
+
+    weight: Tensor
+    gram: Tensor | None = None
+    grad: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PeftNames:
+    """How PEFT names a method: one table for both directions. tensors, shared and options map ours to PEFT's.
+
+    constants go into its config; conv1d: does PEFT put the method on transformers' Conv1D?
+    """
+
+    peft_type: str
+    tensors: Mapping[str, str]
+    options: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
+    conv1d: bool = True
+
+
+class Adapter(nn.Module):
+    """One method at one site. Keyword arguments of `__init__` are the method's options; its file's name is the
+    method's name."""
+
+    method: ClassVar[str]
+    mergeable: ClassVar[bool] = True  # is x -> forward(x, base) affine in x? a law tests that the flag tells the truth
+    exact_gradient: ClassVar[bool] = True  # False: a part counts as constant by design; a law tests this flag too
+    needs: ClassVar[frozenset[str]] = frozenset()  # what its start must know of the layer: "weight", "gram", "grad"
+    targets: ClassVar[tuple[str, ...]] = (ALL_LINEAR,)  # where the method goes by default
+    peft: ClassVar[PeftNames | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.method = cls.__module__.rsplit(".", 1)[-1]
+        METHODS[cls.method] = cls
+
+    def __init__(self, base: QuantLinear, **options: Any) -> None:
+        super().__init__()
+
+    def reset(self, base: QuantLinear, source: Source | None = None) -> None:
+        """First values, from torch's random generator; may call base.set_weight. Ends with what `prepare` does."""
+        raise NotImplementedError
+
+    def prepare(self, base: QuantLinear) -> None:
+        """Recompute what is derived from the base and not saved (buffers); called by `reset` and after loading."""
+
+    def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        raise NotImplementedError
+
+    # ---- derived, overridden rarely ----
+
+    @torch.no_grad()
+    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
+        """The dense fp32 weight [out, in] and bias [out] that compute the same as `forward`, by probing. Additive
+        methods override it."""
+        dense = _dense_copy(base)
+        bias = self(torch.zeros(1, base.in_features, device=base.packed.device), dense)[0]
+        weight = torch.empty(base.out_features, base.in_features, device=base.packed.device)
+        for start in range(0, base.in_features, PROBE_ROWS):
+            rows = min(PROBE_ROWS, base.in_features - start)
+            probe = torch.zeros(rows, base.in_features, device=base.packed.device)
+            probe[:, start : start + rows].fill_diagonal_(1.0)
+            weight[:, start : start + rows] = (self(probe, dense) - bias).T
+        return weight, bias if base.bias is not None or bias.any() else None
+
+    def peft_state(self) -> dict[str, Tensor]:
+        """The parameters under PEFT's names and in PEFT's shapes."""
+        assert self.peft is not None
+        return {theirs: self.get_parameter(ours) for ours, theirs in self.peft.tensors.items()}
+
+    def peft_lists(self) -> tuple[str, ...]:
+        """Lists of PEFT's config, besides target_modules, that this site must be in."""
+        return ()
+
+    def penalty(self) -> Tensor | None:
+        """A term added to the loss, or None."""
+        return None
+
+    def lr_scale(self) -> dict[str, float]:
+        """Parameter name -> factor on the learning rate, where it is not 1."""
+        return {}
+
+    @classmethod
+    def shared(cls, bases: Sequence[QuantLinear], **options: Any) -> nn.Module | None:
+        """A module that all sites share; it reaches each adapter as the keyword `shared`."""
+        return None
+
+    @classmethod
+    def after_step(cls, adapters: Mapping[str, Adapter], step: int, steps: int) -> None:
+        """Called after each optimizer step (1-based) of `steps`, with all adapters by site."""
+
+    @classmethod
+    def options(cls) -> dict[str, inspect.Parameter]:
+        """The method's options: keyword-only parameters of `__init__`, `shared` left out."""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "shared"}
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> list[str]:
+        """Faults of option values that have the right type (defaults filled in)."""
+        rank = options.get("rank", 1)
+        return [] if rank >= 1 else [f"adapter.rank must be at least 1, not {rank}"]
+
+
+def trainable(shape: Sequence[int], base: QuantLinear, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """An uninitialised parameter on the base's device, in the model's compute dtype unless said otherwise."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype or base.dtype, device=base.packed.device))
+
+
+def recompute(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """function(*inputs), computed again in the backward: nothing made inside is kept. For what needs a dense W; no
+    randomness inside."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _dense_copy(base: QuantLinear) -> QuantLinear:
+    """The base in fp32: what a probe runs over."""
+    device = base.packed.device
+    dense = QuantLinear(
+        base.in_features,
+        base.out_features,
+        Dense("float32"),
+        bias=base.bias is not None,
+        dtype=torch.float32,
+        device=device,
+        name=base.name,
+    )
+    dense.set_parts({"weight": base.dequantize(torch.float32)})
+    if base.bias is not None and dense.bias is not None:
+        dense.bias.data.copy_(base.bias)
+    return dense
+
+
+class Adapted(nn.Module):
+    """A base with its adapter: what stands in the model at a site. With `enabled` False it is the base alone."""
+
+    def __init__(self, base: QuantLinear, adapter: Adapter) -> None:
+        super().__init__()
+        self.base, self.adapter, self.enabled = base, adapter, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapter(x, self.base) if self.enabled else self.base(x)
+
+    @torch.no_grad()
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """Dense fp32 weight and bias of base and adapter together, dropout off."""
+        mode = self.adapter.training
+        self.adapter.eval()
+        try:
+            return self.adapter.merged(self.base)
+        finally:
+            self.adapter.train(mode)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Which method goes where with which options; what a recipe and adapter.json say."""
+
+    method: str = "lora"
+    targets: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with it, each with the legal values."""
+        if self.method not in METHODS:
+            return [str(one_of("adapter method", self.method, METHODS))]
+        legal = METHODS[self.method].options()
+        faults = []
+        for name, value in self.options.items():
+            if name not in legal:
+                faults.append(
+                    f"adapter method {self.method} has no option {name!r}; legal: {', '.join(sorted(legal)) or 'none'}"
+                )
+            elif not _fits(value, legal[name].default):
+                kind = type(legal[name].default).__name__
+                faults.append(f"adapter.{name} must be a {kind} like {legal[name].default!r}, not {value!r}")
+        return faults or METHODS[self.method].check({n: p.default for n, p in legal.items()} | dict(self.options))
+
+    def checked(self) -> AdapterSpec:
+        """Itself; raises QtuneError with all faults."""
+        faults = self.faults()
+        if faults:
+            raise QtuneError("; ".join(faults))
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"method", "targets", option: value}: plain values for JSON and YAML."""
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()}
+        return {"method": self.method, "targets": list(self.targets), **options}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> AdapterSpec:
+        """The inverse of `to_dict`; also takes one target as a string and targets separated by commas."""
+        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k not in ("method", "targets")}
+        targets = value.get("targets") or ()
+        if isinstance(targets, str):
+            targets = [t.strip() for t in targets.split(",") if t.strip()]
+        return cls(str(value.get("method", "lora")), tuple(targets), rest)
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Is `value` of the type of an option's default? An int serves where a float is asked for; bool is not an int."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float))
+    if isinstance(default, tuple):
+        return isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value)
+    return isinstance(value, type(default))
+
+
+def find_sites(model: nn.Module, targets: Iterable[str]) -> dict[str, QuantLinear]:
+    """Sites by name: QuantLinears whose full name or its end matches a target; `all-linear` is every one but the head.
+
+    Raises QtuneError naming each target that matches nothing, with the names that exist.
+    """
+    bases = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    head = [name for name in bases if name.rsplit(".", 1)[-1] in ("lm_head", "embed_out")]
+    sites: dict[str, QuantLinear] = {}
+    missing = []
+    for target in targets:
+        found = (
+            [n for n in bases if n not in head] if target == ALL_LINEAR else [n for n in bases if matches(n, target)]
+        )
+        if not found:
+            missing.append(target)
+        sites.update({name: bases[name] for name in found})
+    if missing:
+        ends = sorted({name.rsplit(".", 1)[-1] for name in bases})
+        raise QtuneError(
+            f"adapter.targets {', '.join(map(repr, missing))} match no packed linear layer; "
+            f"legal: {ALL_LINEAR}, {', '.join(ends)}, or a pattern"
+        )
+    return {name: bases[name] for name in bases if name in sites}
+
+
+def matches(name: str, target: str) -> bool:
+    """Is `target` the site's name, the end of it, or a pattern of it?"""
+    return name == target or name.endswith("." + target) or fnmatch.fnmatchcase(name, target)
+
+
+def adapt(
+    model: nn.Module,
+    spec: AdapterSpec,
+    sources: Mapping[str, Source] | None = None,
+    *,
+    seed: int = 0,
+    start: bool = True,
+) -> dict[str, Adapted]:
+    """Put an adapter on each site of `model`, in place; everything else is frozen. Returns the adapted modules by site.
+
+    sources: what is known of layers before packing, by site. seed: first values depend on it and on the site's name,
+    not on the order. start=False leaves the values unset, for loading.
+    """
+    spec.checked()
+    method = METHODS[spec.method]
+    if adapted_sites(model):
+        raise QtuneError("this model already carries an adapter; load the base again to put another one on it")
+    sites, shared = build(find_sites(model, spec.targets or method.targets), spec)
+    for name, site in sites.items():
+        if start and not site.base.packed.is_meta:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(zlib.crc32(f"{seed}.{name}".encode()))
+                site.adapter.reset(site.base, (sources or {}).get(name))
+    return install(model, sites, shared)
+
+
+def build(bases: Mapping[str, QuantLinear], spec: AdapterSpec) -> tuple[dict[str, Adapted], nn.Module | None]:
+    """Adapters for `bases` by site, and what they share; no values yet, and the model that the bases are in is
+    untouched."""
+    method = METHODS[spec.method]
+    shared = method.shared(list(bases.values()), **spec.options)
+    extra = {} if shared is None else {"shared": shared}
+    return {name: Adapted(base, method(base, **spec.options, **extra)) for name, base in bases.items()}, shared
+
+
+def install(model: nn.Module, sites: Mapping[str, Adapted], shared: nn.Module | None) -> dict[str, Adapted]:
+    """Put built adapters into `model`, in place; everything else is frozen."""
+    model.requires_grad_(False)
+    for name, site in sites.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, site)
+    if shared is not None:
+        model.add_module(SHARED, shared)
+    return adapted_sites(model)
+
+
+def adapted_sites(model: nn.Module) -> dict[str, Adapted]:
+    """Site name -> Adapted, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def enable_adapters(model: nn.Module, enabled: bool) -> None:
+    """Switch all adapters on or off: off, the model is its base."""
+    for site in adapted_sites(model).values():
+        site.enabled = enabled

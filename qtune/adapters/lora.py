@@ -1,0 +1,78 @@
+"""LoRA: y = base(x) + s B A x, s = alpha/rank, or alpha/sqrt(rank) with rslora.
+
+Hu et al. 2021 (arXiv 2106.09685); rsLoRA 2312.03732; LoRA+ 2402.12354 (`plus`: B learns `plus` times as fast as A).
+Start: A Kaiming-uniform, B zero. A [rank, in], B [out, rank]. Left out: LoRA on embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import Adapter, PeftNames, QuantLinear, Source, trainable
+
+NAMES = PeftNames(
+    peft_type="LORA",
+    tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
+    options={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"},
+)
+
+
+class LoRA(Adapter):
+    """Low-rank update beside the base."""
+
+    peft: ClassVar[PeftNames | None] = NAMES
+
+    def __init__(
+        self,
+        base: QuantLinear,
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        plus: float = 1.0,
+    ) -> None:
+        super().__init__(base)
+        self.A = trainable((rank, base.in_features), base)
+        self.B = trainable((base.out_features, rank), base)
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.plus = plus
+        self.dropout = nn.Dropout(dropout)
+
+    def reset(self, base: QuantLinear, source: Source | None = None) -> None:
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
+
+    def update(self, x: Tensor) -> Tensor:
+        """s B A x: the low-rank branch alone. x [..., in] -> [..., out]."""
+        inner = F.linear(self.dropout(x), self.A.to(x.dtype)) * self.scale
+        return F.linear(inner, self.B.to(x.dtype))
+
+    def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
+        return base(x) + self.update(x)
+
+    @torch.no_grad()
+    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
+        weight = base.dequantize(torch.float32).addmm_(self.B.float(), self.A.float(), alpha=self.scale)
+        return weight, None if base.bias is None else base.bias.float()
+
+    def lr_scale(self) -> dict[str, float]:
+        return {} if self.plus == 1.0 else {"B": self.plus}
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> list[str]:
+        faults = super().check(options)
+        if not 0 <= options["dropout"] < 1:
+            faults.append(f"adapter.dropout must be at least 0 and below 1, not {options['dropout']}")
+        faults += [
+            f"adapter.{name} must be above 0, not {options[name]}"
+            for name in ("alpha", "plus")
+            if options.get(name, 1) <= 0
+        ]
+        return faults

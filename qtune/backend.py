@@ -1,0 +1,96 @@
+"""Which kernel serves which op on this machine: decided once per (op, device type), never silently.
+
+A kernel module lives under kernels/<device type>/ and holds `KERNELS` (op name -> function with the op's own
+arguments), `why_not()` (None, or why none of them can run here), `features()` and `reset()`. It is imported at the
+first question, and only then may it compile. The environment variable QTUNE_KERNELS chooses: `auto` (a kernel if one
+runs here, else the torch reference), `reference` (never a kernel), `require` (a missing kernel is an error). Left
+out: several kernels of one op.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any
+
+from .errors import QtuneError, one_of
+
+MODES = ("auto", "reference", "require")
+MODULES: dict[str, tuple[str, ...]] = {"cpu": ("blockwise4",), "cuda": ()}
+ABSENT = {"cuda": "Triton kernels are not there yet"}
+DEVICES = tuple(MODULES)
+
+_lock = threading.RLock()
+_decided: dict[tuple[str, str], Callable[..., Any] | None] = {}
+
+
+def mode() -> str:
+    """QTUNE_KERNELS, checked; `auto` where it is not set."""
+    given = os.environ.get("QTUNE_KERNELS") or "auto"
+    if given not in MODES:
+        raise one_of("value of QTUNE_KERNELS", given, MODES)
+    return given
+
+
+def _find(name: str, device_type: str) -> tuple[Callable[..., Any] | None, str]:
+    """The kernel of an op, or None, and why."""
+    for module in MODULES.get(device_type, ()):
+        found = import_module(f"qtune.kernels.{device_type}.{module}")
+        if name in found.KERNELS:
+            why = found.why_not()
+            return (None, why) if why else (found.KERNELS[name], f"kernels/{device_type}/{module}.py")
+    return None, ABSENT.get(device_type, f"no {device_type} kernel of this op is written")
+
+
+def kernel(name: str, device_type: str) -> Callable[..., Any] | None:
+    """The function that serves op `name` in place of its reference on this device type, or None; decided once.
+
+    Raises QtuneError for a wrong QTUNE_KERNELS, and under `require` for an op without a running kernel. Tensors on meta
+    and on devices that qtune writes no kernels for, are the references' business in every mode.
+    """
+    key = (name, device_type)
+    if key in _decided:  # without the lock: this is asked for every op call
+        return _decided[key]
+    with _lock:
+        if key not in _decided:
+            wanted, found, why = mode(), None, ""
+            if wanted != "reference" and device_type in MODULES:
+                found, why = _find(name, device_type)
+            if wanted == "require" and found is None and device_type in MODULES:
+                raise QtuneError(
+                    f"QTUNE_KERNELS=require, but no kernel serves op {name!r} on {device_type}: {why}. "
+                    "With QTUNE_KERNELS=auto the torch reference serves it."
+                )
+            _decided[key] = found
+        return _decided[key]
+
+
+def report(names: Iterable[str]) -> list[dict[str, str]]:
+    """Rows {op, device, provider, why} for every device type that qtune writes kernels for.
+
+    provider: `kernel`, `reference`, or `none` where QTUNE_KERNELS=require finds no kernel.
+    """
+    wanted, rows = mode(), []
+    for device in DEVICES:
+        for name in names:
+            found, why = (None, "QTUNE_KERNELS=reference") if wanted == "reference" else _find(name, device)
+            provider = "kernel" if found else "none" if wanted == "require" else "reference"
+            rows.append({"op": name, "device": device, "provider": provider, "why": why})
+    return rows
+
+
+def cpu_features() -> dict[str, Any]:
+    """What the CPU kernels run on: {simd, openmp, compiler, library, why}; builds them if need be."""
+    features: dict[str, Any] = import_module("qtune.kernels.cpu.blockwise4").features()
+    return features
+
+
+def reset() -> None:
+    """Forget what was decided, builds included: for tests, which change the environment."""
+    with _lock:
+        _decided.clear()
+        for device, modules in MODULES.items():
+            for module in modules:
+                import_module(f"qtune.kernels.{device}.{module}").reset()

@@ -1,0 +1,329 @@
+"""The command line: one function a subcommand. Nothing heavy is imported before a subcommand runs, so `qtune --help`
+is instant.
+
+Exit codes: 0 done, 1 a fault (one paragraph on stderr; --debug shows the traceback), 2 wrong use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import QtuneError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All subcommands and their options."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument(
+        "--json", action="store_true", help="print one JSON value on stdout; everything else goes to stderr"
+    )
+    parser = argparse.ArgumentParser(
+        prog="qtune", description="Fine-tune large language models on quantized bases, in little memory."
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[common])
+
+    sub = command("train", "Train an adapter as a recipe says.")
+    sub.add_argument("recipe", metavar="RECIPE", help="YAML file (configs/first.yaml explains every key)")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the recipe, such as train.lr=1e-4")
+    sub.add_argument(
+        "--from", dest="start_from", metavar="RUN", help="start from the adapter of another run (weights only)"
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace a run that lies in the output folder")
+
+    sub = command("eval", "Loss, perplexity and accuracy of a run on its held-out data, or on other data.")
+    sub.add_argument("run", metavar="RUN", help="folder of a run")
+    sub.add_argument("--data", metavar="FILE", help="records to evaluate on; default: data.eval of the run's recipe")
+    sub.add_argument("--base", action="store_true", help="also evaluate the base without its adapter")
+    sub.add_argument("--batch", type=int, metavar="N", help="examples at a time; default: train.micro_batch")
+    sub.add_argument("--device", help="auto, cuda, mps or cpu; default: the recipe's")
+
+    sub = command("merge", "Write base + adapter as a plain transformers checkpoint and verify it.")
+    sub.add_argument("run", metavar="RUN", help="folder of a run")
+    sub.add_argument("--out", metavar="DIR", help="folder to write; default: RUN/merged")
+    sub.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+    sub.add_argument(
+        "--keep-base",
+        default="trained",
+        help="trained: the dequantized base (default); original: the weights before quantization",
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint that lies in DIR")
+    sub.add_argument("--device", help="auto, cuda, mps or cpu; default: the recipe's")
+
+    sub = command("export", "Write the adapter of a run as PEFT reads it.")
+    sub.add_argument("run", metavar="RUN", help="folder of a run")
+    sub.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+
+    sub = command("chat", "Talk to a run or to a model.")
+    sub.add_argument(
+        "model", metavar="RUN|MODEL", help="folder of a run, a checkpoint folder, a .gguf file or a hub id"
+    )
+    sub.add_argument("--prompt", help="answer this and stop, instead of a conversation")
+    sub.add_argument("--system", help="system message")
+    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    sub.add_argument("--scheme", default="nf4", help="how a MODEL is quantized while loading (nf4)")
+    sub.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+
+    sub = command("quantize", "Write a packed checkpoint that loads without the original.")
+    sub.add_argument("model", metavar="MODEL", help="checkpoint folder, .gguf file or hub id")
+    sub.add_argument(
+        "options", nargs="*", metavar="OPTION=VALUE", help="scheme options, such as block=128 double=false"
+    )
+    sub.add_argument("--scheme", default="nf4", help="nf4 (default), fp4, int8 or dense")
+    sub.add_argument("--embeddings", metavar="SCHEME", help="also pack embeddings and head, with this scheme")
+    sub.add_argument(
+        "--dtype", default="bfloat16", help="of what is not packed: bfloat16 (default), float16 or float32"
+    )
+    sub.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+
+    command("methods", "List the adapter methods.")
+    command("schemes", "List the storage schemes.")
+    command("doctor", "What this machine can do, and which kernel serves which op.").add_argument(
+        "--markdown", action="store_true", help="the table of kernels as Markdown"
+    )
+    sub = command("demo", "Fine-tune a small real model on a real task, merge, verify, talk to it.")
+    sub.add_argument("--out", default="demo", metavar="DIR", help="folder for model, data and run (demo)")
+    sub.add_argument("--steps", type=int, metavar="N", help="fewer or more training steps")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `qtune`."""
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # we show our own
+    try:
+        COMMANDS[args.command](args)
+        return 0
+    except KeyboardInterrupt:
+        return _fail(args, "interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away: nothing to say, and nobody to say it to
+        return 1
+    except QtuneError as error:
+        return _fail(args, str(error), 1)
+    except Exception as error:  # noqa: BLE001 (the last door: whatever comes is told in a paragraph)
+        if "out of memory" in str(error).lower():
+            return _fail(
+                args,
+                f"{str(error).splitlines()[0]}; lower train.micro_batch or data.max_length, or set train.checkpointing",
+                1,
+            )
+        return _fail(
+            args, f"{type(error).__name__}: {error} (not foreseen: please report it with the output of --debug)", 1
+        )
+
+
+def _fail(args: argparse.Namespace, text: str, code: int) -> int:
+    if args.debug and code == 1:
+        traceback.print_exc()
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), text))
+    return code
+
+
+def _version() -> str:
+    from . import __version__
+
+    return f"qtune {__version__}"
+
+
+def _screen(args: argparse.Namespace) -> Any:
+    from .model.quiet import quiet
+    from .screen import Screen
+
+    quiet()
+    return Screen(json=args.json)
+
+
+def _emit(args: argparse.Namespace, value: Any) -> None:
+    """The value for a program, where --json asks for it."""
+    if args.json:
+        print(json.dumps(value, indent=2, default=str))
+
+
+# ---- the subcommands ----
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .recipe import Recipe
+    from .trainer import train
+
+    screen = _screen(args)
+    recipe = Recipe.load(Path(args.recipe), args.overrides)
+    result = train(
+        recipe, screen=screen, overwrite=args.overwrite, start_from=Path(args.start_from) if args.start_from else None
+    )
+    run = result.folder
+    screen.title("Interrupted" if result.interrupted else "Done")
+    screen.line(
+        f"{run} holds recipe.yaml, adapter.safetensors, adapter.json, metrics.jsonl (adapter of step {result.steps})"
+    )
+    if result.interrupted:
+        screen.line(
+            f"go on from these weights:  qtune train {_quoted(args.recipe)} --from {_quoted(run)} "
+            f"output={_quoted(f'{run}-2')}"
+        )
+    screen.line(f"next:  qtune eval {_quoted(run)}   qtune merge {_quoted(run)}   qtune chat {_quoted(run)}")
+    evals = {name: e.to_dict() for name, e in (("before", result.before), ("after", result.after)) if e is not None}
+    _emit(
+        args,
+        {
+            "run": run,
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "seconds": result.seconds,
+            "interrupted": result.interrupted,
+            **evals,
+        },
+    )
+    if result.interrupted:
+        raise SystemExit(130)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from .adapters import enable_adapters
+    from .data import load_data
+    from .evaluate import evaluate
+    from .runs import open_run
+    from .step import LanguageModel
+
+    screen = _screen(args)
+    run = open_run(Path(args.run), screen, device=args.device)
+    keys = run.recipe.data
+    path = args.data or keys.eval
+    if path is None:
+        raise QtuneError(f"the recipe of {args.run} has no data.eval; give --data FILE")
+    examples, report = load_data(
+        path, run.tokenizer, max_length=keys.max_length, loss_on=keys.loss_on, template=keys.template
+    )
+    screen.line(str(report))
+    results = {}
+    for name, enabled in ((("base", False),) if args.base else ()) + (("adapter", True),):
+        enable_adapters(run.model, enabled)
+        with screen.bar(f"evaluating {name}", len(examples)) as advance:
+            result = evaluate(
+                LanguageModel(run.model),
+                examples,
+                micro_batch=args.batch or run.recipe.train.micro_batch,
+                advance=advance,
+            )
+        screen.line(f"{name:8} {result}")
+        results[name] = result.to_dict()
+    _emit(args, results)
+
+
+def _merge(args: argparse.Namespace) -> None:
+
+    from .export import merge
+    from .runs import open_run
+    from .screen import size
+
+    screen = _screen(args)
+    run = open_run(Path(args.run), screen, device=args.device)
+    out = Path(args.out) if args.out else Path(args.run) / "merged"
+    report = merge(run, out, dtype=args.dtype, keep_base=args.keep_base, screen=screen, overwrite=args.overwrite)
+    screen.title("Verified")
+    for line in report.verification.lines():
+        screen.line(line)
+    if report.base_kl is not None:
+        screen.line(
+            f"base     KL(trained || this) {report.base_kl:.2e} nats: it stands on the original weights, "
+            "not on the quantized ones that it was trained on"
+        )
+    screen.line(
+        f"wrote    {out} ({size(report.nbytes)}, {report.dtype}): "
+        f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    )
+    _emit(args, report.to_dict())
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .peft import to_peft
+    from .runs import open_run
+
+    screen = _screen(args)
+    run = open_run(Path(args.run), screen, device="cpu")
+    to_peft(run.model, run.recipe.adapter, Path(args.out), base_model=run.recipe.model)
+    screen.line(f"wrote {args.out}: peft.PeftModel.from_pretrained(base, {args.out!r})")
+    _emit(args, {"out": args.out, "format": "peft"})
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from .chat import chat
+
+    chat(
+        args.model, _screen(args), prompt=args.prompt, system=args.system, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, scheme=args.scheme, device=args.device, emit=lambda value: _emit(args, value),
+    )  # fmt: skip
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from .recipe import Recipe
+    from .runs import quantize
+    from .screen import size
+
+    screen = _screen(args)
+    embeddings = [f"scheme.embeddings={args.embeddings}"] if args.embeddings else []
+    options = [*embeddings, *(f"scheme.{option}" for option in args.options)]
+    recipe = Recipe.load({"model": args.model, "scheme": args.scheme, "dtype": args.dtype}, options, training=False)
+    nbytes = quantize(recipe, Path(args.out), screen=screen)
+    screen.line(f"wrote {args.out}: {recipe.scheme}, {size(nbytes)}; use it in a recipe as `model: {args.out}`")
+    _emit(args, {"out": args.out, "scheme": recipe.scheme.to_dict(), "bytes": nbytes})
+
+
+def _methods(args: argparse.Namespace) -> None:
+    from .listing import methods
+
+    methods(args.json)
+
+
+def _schemes(args: argparse.Namespace) -> None:
+    from .listing import schemes
+
+    schemes(args.json)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from .doctor import doctor
+
+    doctor(json_out=args.json, markdown=args.markdown)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import demo
+
+    _emit(args, demo(Path(args.out), _screen(args), steps=args.steps))
+
+
+def _quoted(path: object) -> str:
+    import shlex
+
+    return shlex.quote(str(path))
+
+
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "merge": _merge,
+    "export": _export,
+    "chat": _chat,
+    "quantize": _quantize,
+    "methods": _methods,
+    "schemes": _schemes,
+    "doctor": _doctor,
+    "demo": _demo,
+}

@@ -1,0 +1,189 @@
+"""What a model knows: loss and perplexity, accuracy by likelihood where the answers are few, and samples of its
+text."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .data import Batch, Example, batches, collate
+from .step import LanguageModel
+
+MAX_CHOICES = 8  # more distinct answers than this are not a choice
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """loss: mean negative log likelihood per trained token, in nats. accuracy, chance: None where the answers are not
+    a choice."""
+
+    loss: float
+    tokens: int
+    examples: int
+    accuracy: float | None = None
+    chance: float | None = None
+    choices: int = 0
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for metrics and --json."""
+        out: dict[str, Any] = {
+            "eval_loss": self.loss,
+            "perplexity": self.perplexity,
+            "eval_tokens": self.tokens,
+            "eval_examples": self.examples,
+        }
+        if self.accuracy is not None:
+            out |= {"accuracy": self.accuracy, "chance": self.chance, "choices": self.choices}
+        return out
+
+    def __str__(self) -> str:
+        text = f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f} over {self.tokens:,} trained tokens"
+        if self.accuracy is not None and self.chance is not None:
+            text += (
+                f"; accuracy {self.accuracy:.1%} among {self.choices} answers (the most frequent: {self.chance:.1%})"
+            )
+        return text
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel, examples: Sequence[Example], *, micro_batch: int, advance: Advance | None = None
+) -> EvalResult:
+    """Loss over all examples; where they all answer with one of a few token sequences, also how often the likeliest
+    one is right."""
+    answers = choices_of(examples)
+    device = next(model.model.parameters()).device
+    mode = model.model.training
+    model.model.eval()
+    try:
+        if answers is not None:
+            return _evaluate_choice(model, examples, answers, micro_batch, device, advance)
+        total, tokens = 0.0, 0
+        for batch in batches(examples, micro_batch, seed=None):
+            total += model.loss_sum(batch.to(device)).item()
+            tokens += batch.trained
+            if advance:
+                advance(batch.input_ids.shape[0])
+        return EvalResult(total / max(1, tokens), tokens, len(examples))
+    finally:
+        model.model.train(mode)
+
+
+def choices_of(examples: Sequence[Example]) -> list[tuple[int, ...]] | None:
+    """The distinct answers, if every example ends in its only answer and there are 2 to MAX_CHOICES of them, each
+    seen twice or more."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    for example in examples:
+        answer = _answer(example)
+        if answer is None:
+            return None
+        seen[answer] += 1
+        if len(seen) > MAX_CHOICES:
+            return None
+    return sorted(seen) if len(seen) >= 2 and min(seen.values()) >= 2 else None
+
+
+def _answer(example: Example) -> tuple[int, ...] | None:
+    """The trained tokens, if they are one run after a prompt (a template may write white space behind it)."""
+    start, end = example.trained.find(1), example.trained.rfind(1) + 1
+    return tuple(example.input_ids[start:end]) if start >= 1 and 0 not in example.trained[start:end] else None
+
+
+def _evaluate_choice(
+    model: LanguageModel,
+    examples: Sequence[Example],
+    answers: Sequence[tuple[int, ...]],
+    micro_batch: int,
+    device: torch.device,
+    advance: Advance | None,
+) -> EvalResult:
+    """Every answer's log likelihood after every prompt: the likeliest is the prediction, the right one's gives the
+    loss."""
+    total, tokens, right = 0.0, 0, 0
+    truth: Counter[int] = Counter()
+    for group in _groups(sorted(examples, key=lambda e: len(e.input_ids)), max(1, micro_batch)):
+        candidates = [_with_answer(example, answer) for example in group for answer in answers]
+        scores = _log_likelihood(model, collate(candidates).to(device)).view(len(group), len(answers))
+        labels = [answers.index(_answer(e) or ()) for e in group]
+        truth.update(labels)
+        predicted = scores.argmax(dim=1).tolist()
+        right += sum(p == label for p, label in zip(predicted, labels, strict=True))
+        total -= sum(scores[i, label].item() for i, label in enumerate(labels))
+        tokens += sum(len(answers[label]) for label in labels)
+        if advance:
+            advance(len(group))
+    n = len(examples)
+    return EvalResult(total / tokens, tokens, n, right / n, max(truth.values()) / n, len(answers))
+
+
+def _groups(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
+
+
+def _with_answer(example: Example, answer: tuple[int, ...]) -> Example:
+    start = example.trained.find(1)
+    ids = example.input_ids[:start]
+    ids.extend(answer)
+    return Example(ids, bytes(start) + b"\x01" * len(answer), example.where)
+
+
+def _log_likelihood(model: LanguageModel, batch: Batch) -> Tensor:
+    """Summed log likelihood of the trained positions of each row, fp32 [batch]."""
+    hidden = model.hidden(batch.input_ids, batch.attention_mask)[:, :-1]
+    target = batch.labels[:, 1:]
+    row, place = torch.nonzero(target != -100, as_tuple=True)
+    logits = model.transform(model.head(hidden[row, place])).float()
+    scores = -F.cross_entropy(logits, target[row, place], reduction="none")
+    return torch.zeros(target.shape[0], device=scores.device).index_add_(0, row, scores)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    stream: bool = False,
+) -> str:
+    """Continue a prompt; greedy at temperature 0. Stops at the tokenizer's EOS or the model's own stop tokens.
+    Returns the new text only.
+
+    stream: also print it word by word on stdout.
+    """
+    from transformers import TextStreamer
+
+    device = next(model.parameters()).device
+    ids = torch.tensor([list(prompt_ids)], device=device)
+    stops = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        options["temperature"] = temperature
+    if stream:
+        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    mode = model.training
+    model.eval()
+    try:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=sorted(stops), **options)
+    finally:
+        model.train(mode)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,267 @@
+"""Merge: base + adapter written as a plain transformers checkpoint, layer by layer, and verified before it takes its
+name.
+
+    W_out = round(dequantize(packed) + delta), the sum in fp32, rounded once to the output dtype
+Packing the sum again would erase a delta below about 3 % of W; bf16 rounding alone is 17 % of a delta that is 1 % of
+W, so fp32 is on offer.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .adapters import Adapted
+from .adapters.base import SHARED
+from .adapters.files import load_adapter
+from .checkpoint import Entry, write
+from .data import load_data
+from .errors import QtuneError, one_of
+from .quant import Dense, QuantEmbedding, QuantLinear
+from .quant.scheme import DTYPES
+from .runs import Run, load_with_bar
+from .safe_io import write_json, write_text
+from .screen import Screen
+from .verify import Reference, Verification, logits_of, verify
+
+KEEP_BASE = ("trained", "original")
+PROMPTS, PROMPT_TOKENS = 4, 64
+TEXTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n",
+    "Water boils at 100 degrees because",
+)
+Dense32 = Callable[[], tuple[Tensor, Tensor | None]]  # makes the fp32 weight [out, in] and bias of a layer
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Where the merged checkpoint is and how it was verified. base_kl: with `original`, its KL from the model that
+    was trained."""
+
+    out: Path
+    dtype: str
+    keep_base: str
+    nbytes: int
+    verification: Verification
+    base_kl: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {**asdict(self), "passed": self.verification.passed}
+
+
+def merge(
+    run: Run,
+    out: Path,
+    *,
+    dtype: str = "bfloat16",
+    keep_base: str = "trained",
+    screen: Screen | None = None,
+    overwrite: bool = False,
+) -> MergeReport:
+    """Write the merged checkpoint of a run, verify it, and only then give it the name `out`. dtype: bfloat16,
+    float16, float32.
+
+    keep_base: `trained` merges onto the dequantized base that was trained on; `original` onto the weights before
+    quantization, which is another function (its KL from the trained one is reported). Raises QtuneError where
+    verification fails; the files stay in `<out>.unverified`. The run's model is left in fp32.
+    """
+    screen = screen or Screen(quiet=True)
+    choices = (("dtype", dtype, DTYPES), ("--keep-base", keep_base, KEEP_BASE))
+    faults = [str(one_of(what, given, legal)) for what, given, legal in choices if given not in legal]
+    if faults:
+        raise QtuneError("; ".join(faults))
+    partial_out = _claim(out, overwrite)
+    prompts, model, trained = prompts_of(run), run.model, None
+    if keep_base == "original":
+        trained = logits_of(model.float(), prompts)
+        model = _on_original(run, dtype, screen)
+    reference = Reference.of(model, prompts)
+    nbytes = write_merged(model, partial_out, DTYPES[dtype], screen)
+    _write_companions(run, model, partial_out, dtype)
+    verification = verify(model, partial_out, DTYPES[dtype], reference)
+    base_kl = None if trained is None else float(Reference(prompts, trained, 0, 0).kl(reference.logits).mean())
+    report = MergeReport(out, dtype, keep_base, nbytes, verification, base_kl)
+    write_text(partial_out / "README.md", _model_card(run, report))
+    if not verification.passed:
+        lines = "\n".join(verification.lines())
+        raise QtuneError(f"the merged checkpoint failed its verification and stays in {partial_out}:\n{lines}")
+    if out.exists():
+        shutil.rmtree(out)
+    partial_out.rename(out)
+    return report
+
+
+def _claim(out: Path, overwrite: bool) -> Path:
+    """The folder to write to, empty; refuses to touch an `out` that is not a checkpoint, or is one and may not be
+    replaced."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        plain = out.is_dir() and (out / "config.json").is_file() and not any(p.is_dir() for p in out.iterdir())
+        if not plain:
+            raise QtuneError(f"{out} exists and is not a checkpoint; choose another --out")
+        if not overwrite:
+            raise QtuneError(f"{out} already holds a checkpoint; choose another --out, or give --overwrite")
+    unverified = out.with_name(out.name + ".unverified")
+    if unverified.exists():
+        shutil.rmtree(unverified)
+    return unverified
+
+
+def prompts_of(run: Run) -> list[list[int]]:
+    """Token ids of real prompts: the run's own data where it still lies there, else a few sentences."""
+    keys = run.recipe.data
+    path = next((p for p in (keys.eval, keys.train) if p and Path(p).is_file()), None)
+    if path is None:
+        return [list(run.tokenizer(text)["input_ids"]) for text in TEXTS]
+    examples, _ = load_data(
+        path, run.tokenizer, max_length=keys.max_length, loss_on=keys.loss_on, template=keys.template
+    )
+    chosen = examples[:: max(1, len(examples) // PROMPTS)][:PROMPTS]
+    return [list(example.input_ids[:PROMPT_TOKENS]) for example in chosen]
+
+
+# ---- writing ----
+
+
+def write_merged(model: nn.Module, out: Path, dtype: torch.dtype, screen: Screen) -> int:
+    """All tensors of the model, merged and dense, to safetensors; one in memory at a time. Returns bytes."""
+    entries = list(merged_entries(model, dtype))
+    with screen.bar("merging", len(entries)) as advance:
+        write(out, [_counted(entry, advance) for entry in entries])
+    return sum(entry.nbytes for entry in entries)
+
+
+def _counted(entry: Entry, advance: Callable[..., None]) -> Entry:
+    def tensor() -> Tensor:
+        value = entry.tensor()
+        advance(1)
+        return value
+
+    return Entry(entry.name, entry.dtype, entry.shape, tensor)
+
+
+def merged_entries(model: nn.Module, dtype: torch.dtype) -> Iterator[Entry]:
+    """Name, dtype, shape and a way to make each tensor of the plain checkpoint, in the model's order; a tied head is
+    left out."""
+    inside: tuple[str, ...] = (SHARED + ".",)
+    tied = tied_head(model)
+    for name, module in model.named_modules():
+        if (name + ".").startswith(inside) or name == tied:
+            continue
+        if isinstance(module, Adapted):
+            inside += (name + ".",)
+            yield from _linear_entries(name, module.base, module.merged, dtype)
+        elif isinstance(module, QuantLinear):
+            yield from _linear_entries(name, module, partial(_plain, module), dtype)
+        elif isinstance(module, QuantEmbedding):
+            yield Entry(f"{name}.weight", dtype, module.shape, partial(module.dequantize, dtype))
+        else:
+            for key, tensor in _own_tensors(module):
+                kind = dtype if tensor.is_floating_point() else tensor.dtype
+                yield Entry(f"{name}.{key}".lstrip("."), kind, tuple(tensor.shape), partial(tensor.to, kind))
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers of a module itself, not of its children."""
+    yield from ((key, p) for key, p in module._parameters.items() if p is not None)
+    hidden = module._non_persistent_buffers_set
+    yield from ((key, b) for key, b in module._buffers.items() if b is not None and key not in hidden)
+
+
+def _plain(module: QuantLinear) -> tuple[Tensor, Tensor | None]:
+    return module.dequantize(torch.float32), module.bias
+
+
+def _linear_entries(name: str, base: QuantLinear, dense: Dense32, dtype: torch.dtype) -> Iterator[Entry]:
+    def weight() -> Tensor:
+        full, bias = dense()
+        if bias is not None and base.bias is None:
+            raise QtuneError(f"{name}: the adapter adds a bias, which a plain checkpoint of this model cannot hold")
+        w = full.to(dtype)
+        if not torch.isfinite(w).all():
+            raise QtuneError(f"{name}.weight: merged values overflow {dtype}; merge with --dtype bfloat16 or float32")
+        return w.T if base.conv1d else w
+
+    def bias() -> Tensor:
+        value = dense()[1]
+        assert value is not None, name
+        return value.to(dtype)
+
+    yield Entry(f"{name}.weight", dtype, base.shape[::-1] if base.conv1d else base.shape, weight)
+    if base.bias is not None:
+        yield Entry(f"{name}.bias", dtype, (base.out_features,), bias)
+
+
+def tied_head(model: Any) -> str | None:
+    """The name of the output embedding if it is one with the input embedding (an adapted head is its own)."""
+    head = model.get_output_embeddings()
+    own, table = (getattr(m, "packed", getattr(m, "weight", None)) for m in (head, model.get_input_embeddings()))
+    if own is None or own is not table:
+        return None
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _write_companions(run: Run, model: Any, out: Path, dtype: str) -> None:
+    """Config, generation config, tokenizer, and the base's licence."""
+    config = model.config.to_dict()
+    for key in ("quantization_config", "qtune", "_name_or_path"):
+        config.pop(key, None)
+    tied = tied_head(model) is not None
+    config |= {"architectures": [type(model).__name__], "dtype": dtype, "tie_word_embeddings": tied}
+    write_json(out / "config.json", config)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(out)
+    run.tokenizer.save_pretrained(out)
+    for path in licences(run.recipe.model):
+        shutil.copyfile(path, out / path.name)
+
+
+def licences(source: str) -> list[Path]:
+    """LICENSE and NOTICE files that lie with a base model (in its folder, beside its .gguf, or in the hub's cache)."""
+    path = Path(source).expanduser()
+    folder = path.parent if path.is_file() else path
+    starts = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+    return sorted(p for p in folder.glob("*") if p.is_file() and p.name.upper().startswith(starts))
+
+
+def _on_original(run: Run, dtype: str, screen: Screen) -> Any:
+    """The run's model again, over the weights before quantization."""
+    recipe = run.recipe
+    device = next(run.model.parameters()).device
+    options = {"scheme": Dense(dtype), "dtype": DTYPES[recipe.dtype], "device": device}
+    model = load_with_bar(recipe.model, screen, **options)
+    load_adapter(model, run.folder, other_base=True)
+    return model
+
+
+def _model_card(run: Run, report: MergeReport) -> str:
+    """README.md of the merged checkpoint."""
+    recipe = run.recipe
+    names = ", ".join(path.name for path in licences(recipe.model)) or "none was found beside it: see its own page"
+    bases = {
+        "trained": "the base as it was trained on (dequantized)",
+        "original": "the original weights before quantization",
+    }
+    lines = (
+        f"# {run.folder.resolve().name}",
+        "",
+        f"- base model: {recipe.model}",
+        f"- licence of the base: {names}",
+        f"- trained with qtune {__version__}: {recipe.adapter.method} on {recipe.scheme}, data {recipe.data.train}",
+        f"- merged onto {bases[report.keep_base]}, in {report.dtype}",
+        "- verification against base + adapter:",
+        "",
+        *(f"      {line}" for line in report.verification.lines()),
+        "",
+    )
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""Cross entropy over a frozen head in chunks of tokens: the full logits never exist.
+
+    loss = sum over trained positions of -log softmax(transform(head(h)))[label]
+Each chunk's gradient is taken in the forward pass and only d loss / d h [tokens, hidden] is kept (Liger and Apple's
+CCE do likewise on GPUs). Positions that are not trained are dropped before the head. `transform` is what a model's
+own forward does to its logits (Gemma's soft-capping ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IGNORED = -100
+CHUNK_ELEMENTS = 1 << 24  # logits of one chunk: 64 MiB in fp32
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """hidden [tokens, hidden], labels [tokens] -> summed loss, fp32 scalar."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        head: nn.Module,
+        transform: Transform,
+        chunk: int,
+        *trained: nn.Parameter,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden)
+        sums = [torch.zeros_like(p) for p in trained]
+        for start in range(0, hidden.shape[0], chunk):
+            with torch.enable_grad():
+                part = hidden[start : start + chunk].detach().requires_grad_()
+                loss = F.cross_entropy(transform(head(part)).float(), labels[start : start + chunk], reduction="sum")
+                grads = torch.autograd.grad(loss, (part, *trained))
+            total += loss.detach()
+            grad[start : start + chunk] = grads[0]
+            for into, g in zip(sums, grads[1:], strict=True):
+                into += g
+        ctx.save_for_backward(grad, *sums)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad, *sums = ctx.saved_tensors
+        return (grad * upstream, None, None, None, None, *(s * upstream for s in sums))
+
+
+def cross_entropy_sum(hidden: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, transform: Transform) -> Tensor:
+    """Summed next-token loss: hidden [batch, seq, hidden] at position t predicts labels [batch, seq] at t+1; -100 is
+    not trained."""
+    target = labels[:, 1:].reshape(-1)
+    kept = target != IGNORED
+    hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
+    target = target[kept]
+    chunk = max(16, CHUNK_ELEMENTS // vocabulary)
+    if torch.is_grad_enabled():
+        trained = [p for p in head.parameters() if p.requires_grad]
+        return _ChunkedCrossEntropy.apply(hidden, target, head, transform, chunk, *trained)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for start in range(0, hidden.shape[0], chunk):
+        logits = transform(head(hidden[start : start + chunk])).float()
+        total += F.cross_entropy(logits, target[start : start + chunk], reduction="sum")
+    return total
+
+
+def trained_tokens(labels: Tensor) -> int:
+    """How many positions of labels [batch, seq] a loss is taken at (the first has no predecessor)."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def logit_transform(config: Any) -> Transform:
+    """What a model's own forward does after its head, read from its transformers config."""
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 3
+    divide = getattr(config, "logits_scaling", None)  # Granite
+    scale = getattr(config, "logit_scale", None)  # Cohere
+
+    def transform(logits: Tensor) -> Tensor:
+        if divide is not None:
+            logits = logits / divide
+        if scale is not None:
+            logits = logits * scale
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    return transform

@@ -1,0 +1,110 @@
+"""Which tensors of a GGUF file fill which tensors of the model, by transformers' own name map and tensor processors, one piece at a time.
+
+Processors undo what llama.cpp does to the weights: permuted q and k rows, norms stored as w + 1, transposed or fused tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
+
+from ..checkpoint import Piece, Pieces
+from ..errors import QtuneError
+from ..gguf import GGUF
+
+UNREAD_GGUF = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+TABLES_GGUF = ("token_embd.weight", "output.weight")
+
+
+class _TwoLevels:
+    """A model as transformers' name map asks for it, without the children below its base model: the map is built anew for each of them."""
+
+    def __init__(self, model: nn.Module, config: Any, child: str = "") -> None:
+        self.model, self.config, self.child = model, config, child
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def named_children(self) -> list[tuple[str, Any]]:
+        inner = getattr(self.model, self.child, None) if self.child else None
+        return [] if inner is None else [(self.child, _TwoLevels(inner, self.config))]
+
+
+def _gguf_names(file: GGUF, model: PreTrainedModel, processor: Any) -> dict[str, str]:
+    """GGUF name -> the model's name, from transformers' map."""
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    try:
+        names = get_gguf_hf_weights_map(_TwoLevels(model, model.config, model.base_model_prefix), processor)
+        if any(_gguf_target(name, names) is None and name not in UNREAD_GGUF for name in file.tensors):
+            names = get_gguf_hf_weights_map(model, processor)
+    except NotImplementedError as error:
+        raise QtuneError(
+            f"cannot load {file.path}: transformers has no tensor names for GGUF architecture {file.architecture!r}"
+        ) from error
+    return names
+
+
+def _gguf_target(name: str, names: Mapping[str, str]) -> str | None:
+    return names.get(name, names.get(name.removesuffix(".weight")))
+
+
+def gguf_pieces(file: GGUF, model: PreTrainedModel) -> Pieces:
+    """The pieces of a GGUF file for the unpacked skeleton `model` (on meta)."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
+    names = _gguf_names(file, model, processor)
+    found, state = Pieces(), model.state_dict()
+    groups: dict[str, list[str]] = {}
+    for name in file.tensors:
+        target = _gguf_target(name, names)
+        if target is not None and target in state:
+            groups.setdefault(target, []).append(name)
+        elif name in UNREAD_GGUF:
+            found.notes.append(
+                f"{name} is not read (nor by transformers): positions beyond the original context length will be wrong"
+            )
+        else:
+            found.extra.append(name)
+    for target, members in groups.items():
+        shape = _gguf_shape(file, members, tuple(state[target].shape))
+        table = members[0] in TABLES_GGUF and shape == file.tensors[members[0]].shape
+        rows = _bind_rows(file, members[0]) if table else None
+        read = _gguf_reader(file, members, target, processor, names)
+        found.pieces.append(Piece(" + ".join(members), {target: shape}, read, rows))
+    found.pieces.sort(key=lambda piece: dot_natural_key(next(iter(piece.targets))))
+    return found
+
+
+def _gguf_shape(file: GGUF, members: list[str], expected: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a target will have, as far as it can be known before a processor has run (it may transpose or add a dimension)."""
+    shape = file.tensors[members[0]].shape
+    same = sorted(n for n in shape if n > 1) == sorted(n for n in expected if n > 1)
+    return expected if same or len(members) > 1 else shape
+
+
+def _bind_rows(file: GGUF, name: str) -> Callable[[], Any]:
+    return lambda: file.rows(name)
+
+
+def _gguf_reader(
+    file: GGUF, members: list[str], target: str, processor: Any, names: dict[str, str]
+) -> Callable[[], Mapping[str, Tensor]]:
+    def read() -> Mapping[str, Tensor]:
+        made: dict[str, Tensor] = {}  # what processors of fused experts fill themselves
+        for name in members:
+            given = file.read(name).numpy()
+            result = processor.process(
+                weights=given, name=name, tensor_key_mapping=names, parsed_parameters={"tensors": made}
+            )
+            if result.name is not None:
+                made[target] = torch.from_numpy(result.weights)
+        return made
+
+    return read

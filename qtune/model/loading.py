@@ -1,0 +1,282 @@
+"""Load a causal language model with packed weights: skeleton on meta, then each tensor is read, packed and dropped.
+
+Peak anonymous memory above the imports = packed model + about two of its largest tensors, at any model size. What is not packed (norms,
+biases, by default the embeddings and the output head) is cast to `dtype` as it is read; nothing is ever held in a higher precision.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..checkpoint import Piece, faults_error
+from ..errors import QtuneError
+from ..quant import Dense, QuantEmbedding, QuantLinear, Scheme
+from . import names
+from .skeleton import Origin, compute_buffers, dense_experts, empty, replace
+from .source import Source, open_source
+
+Progress = Callable[[str, int, int], None]
+OnWeight = Callable[[str, QuantLinear, Tensor], None]
+
+
+def load(
+    model: str | Path,
+    scheme: Scheme | None,
+    *,
+    embeddings: Scheme | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    on_weight: OnWeight | None = None,
+) -> PreTrainedModel:
+    """A frozen transformers model in eval mode whose linear layers are QuantLinear; `model.qtune` is its Origin.
+
+    model: folder with safetensors, hub id, .gguf file, or a packed folder (ours or bitsandbytes 4-bit), whose codes are kept as they are.
+    scheme: how linear layers are packed; None takes what a packed folder holds. embeddings: a scheme for the input table and the output
+    head, which otherwise stay in `dtype`. progress(name, done, total) counts pieces. on_weight(site, layer, weight [out, in]) is called
+    right before a weight is packed, in the precision of the file (with a packed folder: dequantized, right after).
+    Raises QtuneError with all faults: missing, extra, mis-shaped or non-finite tensors, damaged files, unknown architectures, pickles.
+    """
+    source = open_source(model)
+    skeleton = empty(source.config, dtype)
+    compute_buffers(skeleton)
+    found = names.plan(source, skeleton)
+    ties = _ties(skeleton, found)
+    faults = names.check(found, skeleton, ties) + _scheme_faults(found, scheme, embeddings)
+    if faults:
+        raise faults_error(f"cannot load {source.name}", faults)
+    scheme = scheme or found.stored
+    embeddings = embeddings or found.stored_embeddings
+    assert scheme is not None
+    plain = _dtypes(skeleton, dtype)
+    _swap(skeleton, found, scheme, embeddings, dtype)
+    _Fill(skeleton, plain, torch.device(device), on_weight).all(found.pieces, source.name, progress)
+    _finish(skeleton, ties, torch.device(device))
+    origin = Origin(source.name, scheme, embeddings, dtype, source.kind, source.notes + found.notes)
+    _warn_of_experts(skeleton, origin)
+    skeleton.qtune = origin  # type: ignore[assignment]
+    _generation(skeleton, source)
+    return skeleton
+
+
+def _scheme_faults(found: names.Pieces, scheme: Scheme | None, embeddings: Scheme | None) -> list[str]:
+    faults = []
+    if scheme is None and found.stored is None:
+        faults.append("its weights are not packed, so a scheme must be given")
+    if scheme is not None and found.stored not in (None, scheme):
+        faults.append(
+            f"its weights are packed as {found.stored} and cannot become {scheme}: quantize the original model instead"
+        )
+    asked = embeddings if scheme is not None or embeddings is not None else found.stored_embeddings
+    if found.stored_embeddings not in (None, asked):
+        faults.append(f"its embeddings are packed as {found.stored_embeddings}, {asked or 'dense ones'} were asked for")
+    return faults
+
+
+def _ties(model: PreTrainedModel, found: names.Pieces) -> dict[str, str]:
+    """Tied name -> the name it shares. Where the file holds both: equal ones stay tied, the second is not read; others are untied."""
+    by_name = {name: piece for piece in found.pieces for name in piece.targets if len(piece.targets) == 1}
+    ties = {}
+    for name, owner in model.all_tied_weights_keys.items():
+        mine, other = by_name.get(name), by_name.get(owner)
+        if mine is not None and other is not None and not _same(mine, other):
+            found.notes.append(
+                f"{name} and {owner} differ in the file, so they are not tied although config.json says so"
+            )
+            model.config.tie_word_embeddings = False
+            continue
+        if mine is not None and other is not None:
+            found.pieces.remove(mine)
+        ties[name] = owner
+    model.all_tied_weights_keys = dict(ties)
+    return ties
+
+
+def _same(a: Piece, b: Piece) -> bool:
+    if a.scheme != b.scheme or list(a.targets.values()) != list(b.targets.values()):
+        return False
+    mine, other = list(a.read().values()), list(b.read().values())
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(mine, other, strict=True))
+
+
+def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name -> dtype of every tensor that stays plain: the skeleton's, or fp32 where transformers insists on it."""
+    plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
+    rules = [(re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in plan.items()]
+    return {
+        name: next((kept for rule, kept in rules if rule.search(name)), t.dtype)
+        for name, t in model.state_dict().items()
+    }
+
+
+def _swap(
+    model: PreTrainedModel, found: names.Pieces, scheme: Scheme, embeddings: Scheme | None, dtype: torch.dtype
+) -> None:
+    """Replace the layers; in a packed checkpoint those that it holds unpacked become dense ones."""
+    packed = {
+        name.removesuffix(".weight"): piece.scheme for piece in found.pieces for name in piece.targets if piece.scheme
+    }
+    plain = found.stored if isinstance(found.stored, Dense) else Dense(str(dtype).removeprefix("torch."))
+    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")
+    replace(
+        model, lambda site: packed.get(site, plain) if found.stored else scheme, embeddings, dtype, packed.get(head)
+    )
+
+
+class _Fill:
+    """Fills the tensors of a skeleton, one piece at a time."""
+
+    def __init__(
+        self, model: PreTrainedModel, dtypes: dict[str, torch.dtype], device: torch.device, on_weight: OnWeight | None
+    ) -> None:
+        self.model, self.dtypes, self.device, self.on_weight = model, dtypes, device, on_weight
+
+    def all(self, pieces: list[Piece], name: str, progress: Progress | None) -> None:
+        """Fill every piece; weights that cannot be packed are listed together at the end."""
+        faults = []
+        for done, piece in enumerate(pieces):
+            if progress is not None:
+                progress(next(iter(piece.targets)), done, len(pieces))
+            try:
+                self.piece(piece)
+            except QtuneError as error:
+                faults.append(str(error))
+        if progress is not None:
+            progress("", len(pieces), len(pieces))
+        if faults:
+            raise faults_error(f"cannot load {name}", faults)
+
+    def piece(self, piece: Piece) -> None:
+        """Read one piece and put its tensors where they belong."""
+        if piece.scheme is not None:
+            (target,) = piece.targets
+            self.parts(target, {part: tensor.to(self.device) for part, tensor in piece.read().items()})
+            return
+        if piece.rows is not None and self.site(next(iter(piece.targets))) is None:
+            (target,) = piece.targets
+            self.plain(target, piece.targets[target], piece.rows())
+            return
+        for target, tensor in piece.read().items():
+            layer = self.site(target)
+            if layer is not None:
+                self.weight(target, layer, tensor)
+            else:
+                self.plain(target, tuple(tensor.shape), iter([tensor]))
+
+    def site(self, target: str) -> QuantLinear | QuantEmbedding | None:
+        """The packed layer that `target` is the weight of, or None where it is an ordinary tensor."""
+        path, _, leaf = target.rpartition(".")
+        module = self.model.get_submodule(path)
+        return module if leaf == "weight" and isinstance(module, QuantLinear | QuantEmbedding) else None
+
+    def parts(self, target: str, parts: dict[str, Tensor]) -> None:
+        layer = self.site(target)
+        assert layer is not None
+        layer.set_parts(parts)
+        if self.on_weight is not None and isinstance(layer, QuantLinear):
+            self.on_weight(layer.name, layer, layer.dequantize())
+
+    def weight(self, target: str, layer: QuantLinear | QuantEmbedding, tensor: Tensor) -> None:
+        tensor = tensor.to(self.device)
+        if getattr(layer, "conv1d", False):
+            tensor = tensor.T
+        if self.on_weight is not None and isinstance(layer, QuantLinear):
+            self.on_weight(layer.name, layer, tensor)
+        layer.set_weight(tensor)
+
+    def plain(self, target: str, shape: tuple[int, ...], blocks: Iterator[Tensor]) -> None:
+        """Copy a tensor, given as blocks of rows, into a fresh one of the model's dtype."""
+        path, _, leaf = target.rpartition(".")
+        module = self.model.get_submodule(path)
+        old = getattr(module, leaf)
+        if tuple(old.shape) != shape:
+            raise QtuneError(f"{target} is {shape}, expected {tuple(old.shape)}")
+        new = torch.empty(shape, dtype=self.dtypes[target], device=self.device)
+        at = 0
+        for block in blocks:
+            part = new[at : at + len(block)] if block.shape != new.shape else new
+            part.copy_(block)
+            at += len(block) if block.dim() else 0
+        if leaf in module._buffers:
+            module._buffers[leaf] = new
+        else:
+            module._parameters[leaf] = nn.Parameter(new, requires_grad=False)
+
+
+def _finish(model: PreTrainedModel, ties: dict[str, str], device: torch.device) -> None:
+    """Share tied tensors, move computed buffers, and make sure that nothing was forgotten."""
+    packed = {name: owner for name, owner in ties.items() if isinstance(_module(model, owner), QuantEmbedding)}
+    for name, owner in ties.items():
+        leaf = "packed" if name in packed else name.rpartition(".")[2]
+        mine, other = _module(model, name), _module(model, owner)
+        source_leaf = "packed" if name in packed else owner.rpartition(".")[2]
+        value = getattr(other, source_leaf)
+        if value.is_meta:
+            setattr(other, source_leaf, getattr(mine, leaf))
+        else:
+            setattr(mine, leaf, value)
+    if packed:  # later calls of tie_weights must find the packed tensors
+        model._tied_weights_keys = {
+            n.removesuffix("weight") + "packed": o.removesuffix("weight") + "packed" for n, o in packed.items()
+        }
+        model.all_tied_weights_keys = dict(model._tied_weights_keys)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if left:
+        raise QtuneError(f"nothing filled {', '.join(left)}")
+    model.requires_grad_(False).eval()
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _warn_of_experts(model: PreTrainedModel, origin: Origin) -> None:
+    count, size = dense_experts(model)
+    if count and not isinstance(origin.scheme, Dense):
+        note = f"{count} fused expert weights, {size / 1e9:.3g} GB, stay dense in {origin.dtype}: {origin.scheme} packs 2-D layers only"
+        origin.notes.append(note)
+        warnings.warn(note, stacklevel=3)
+
+
+def _generation(model: PreTrainedModel, source: Source) -> None:
+    model.config._name_or_path = source.name
+    if source.kind != "gguf" and (source.path / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source.path)
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of a folder, a hub id or a .gguf file. Raises QtuneError where there is none."""
+    path = Path(model).expanduser()
+    is_gguf = path.is_file() and path.suffix.lower() == ".gguf"
+    folder = path.parent if is_gguf else path if path.is_dir() else open_source(model).path
+    try:
+        options = {"gguf_file": path.name} if is_gguf else {}
+        return transformers.AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise QtuneError(f"cannot read a tokenizer from {model}: {' '.join(str(error).split())[:300]}") from error
+
+
+def packed_sites(model: nn.Module) -> dict[str, QuantLinear]:
+    """Name -> packed linear layer, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter that is not packed (tied ones once)."""
+    packed = {id(m.packed) for m in model.modules() if isinstance(m, QuantLinear | QuantEmbedding)}
+    return {name: p for name, p in model.named_parameters() if id(p) not in packed}

@@ -1,0 +1,281 @@
+"""Which tensors of a checkpoint fill which tensors of the model: transformers' own renamings and conversions, applied piece by piece.
+
+safetensors: `conversion_mapping` (renamings; converters that merge or split tensors, such as fused experts). GGUF: transformers' name map
+and its tensor processors. Packed checkpoints: the parts of one weight form one piece. Shapes are known before anything is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from .. import bnb
+from ..checkpoint import Piece, Pieces, Safetensors
+from ..errors import QtuneError
+from ..quant import Dense, Parts, Scheme
+from .gguf_names import gguf_pieces
+from .source import Source, stored_scheme
+
+
+class _Shapes:
+    """Stands for the model where transformers' conversions ask it for the shape of a parameter."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config, self._state = model.config, model.state_dict()
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self._state[name]
+
+    get_parameter_or_buffer = get_parameter
+
+
+def plan(source: Source, model: PreTrainedModel) -> Pieces:
+    """The pieces of `source` for the unpacked skeleton `model` (on meta)."""
+    if source.gguf is not None:
+        return gguf_pieces(source.gguf, model)
+    files = Safetensors(source.path, source.stem)
+    found = _packed_pieces(files, model, source)
+    used = {name for piece in found.pieces for name in piece.source.split(" + ")}
+    rest = [name for name in files.entries if name not in used]
+    _plain_pieces(files, rest, model, found)
+    if source.kind == "qtune" and found.stored is None:
+        found.faults.append("config.json says that it is packed, but no packed weight was found in it")
+    found.pieces.sort(key=lambda piece: dot_natural_key(next(iter(piece.targets), "")))
+    return found
+
+
+# ---- safetensors ----
+
+
+class _Names:
+    """A checkpoint's name -> the model's name, and the pattern of the converter that must run on it, if any."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        transforms = get_model_conversion_mapping(model)
+        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self.by_pattern = {pattern: t for t in self.converters for pattern in t.source_patterns}
+        self.prefix, self.state = model.base_model_prefix, model.state_dict()
+
+    def __call__(self, name: str) -> tuple[str, str | None]:
+        renamed, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.state)
+        if renamed not in self.state and name in self.state:  # written under the model's own names
+            renamed, pattern = rename_source_key(name, [], [], self.prefix, self.state)
+        return renamed, pattern
+
+
+def _plain_pieces(files: Safetensors, names: Iterable[str], model: PreTrainedModel, found: Pieces) -> None:
+    rename, shapes = _Names(model), _Shapes(model)
+    merged: dict[str, list[tuple[str, str]]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename(name)
+        if target not in rename.state:
+            found.extra.append(name)
+        elif pattern is None:
+            found.pieces.append(Piece(name, {target: files.entries[name].shape}, _reader(files, name, target)))
+        else:
+            merged.setdefault(target, []).append((name, pattern))
+    for target, members in merged.items():
+        convert = _converter(rename.by_pattern[members[0][1]], target, members, shapes)
+        try:
+            meta = convert(
+                lambda name: torch.empty(files.entries[name].shape, dtype=files.entries[name].dtype, device="meta")
+            )
+        except Exception as error:  # an operation of transformers met shapes or counts that it does not expect
+            found.faults.append(f"{target} cannot be made of {', '.join(name for name, _ in members)}: {error}")
+            continue
+        targets = {name: tuple(tensor.shape) for name, tensor in meta.items()}
+        found.pieces.append(Piece(" + ".join(name for name, _ in members), targets, _bind(convert, files.read)))
+
+
+def _reader(files: Safetensors, name: str, target: str) -> Callable[[], Mapping[str, Tensor]]:
+    return lambda: {target: files.read(name)}
+
+
+def _bind(
+    convert: Callable[[Callable[[str], Tensor]], dict[str, Tensor]], read: Callable[[str], Tensor]
+) -> Callable[[], dict[str, Tensor]]:
+    return lambda: convert(read)
+
+
+def _converter(
+    template: WeightConverter, target: str, members: list[tuple[str, str]], shapes: _Shapes
+) -> Callable[[Callable[[str], Tensor]], dict[str, Tensor]]:
+    """A function (how to read a name) -> {target: tensor}, which runs transformers' conversion of these members."""
+
+    def convert(read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        converter = copy.deepcopy(template)
+        for name, pattern in members:
+            converter.add_tensor(target, name, pattern, lambda name=name: read(name))
+        made = converter.convert(target, model=shapes, config=shapes.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    return convert
+
+
+# ---- packed safetensors ----
+
+
+def _packed_pieces(files: Safetensors, model: PreTrainedModel, source: Source) -> Pieces:
+    found = Pieces()
+    if source.kind != "qtune":
+        return found
+    rename = _Names(model)
+    ends = {module: f"{name}.weight" for name, module in model.named_modules()}
+    table, head = (ends.get(module, "") for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+    schemes: dict[Scheme, str] = {}
+    for weight in list(bnb.weights(files.entries)):
+        try:
+            scheme, shape, read = _bnb_piece(files, weight)
+        except QtuneError as error:
+            found.faults.append(str(error))
+            continue
+        target = _add_packed(
+            found, rename, weight, [weight + s for s in bnb.suffixes(files.entries, weight)], shape, read, scheme
+        )
+        if target == table:
+            found.faults.append(
+                f"{weight} is an embedding packed by bitsandbytes, which transformers does not read either"
+            )
+        schemes.setdefault(scheme, weight)
+    if len(schemes) > 1:
+        found.faults.append(
+            "it mixes schemes: " + ", ".join(f"{scheme} ({weight})" for scheme, weight in schemes.items())
+        )
+    found.stored = next(iter(schemes), None)
+    if source.packed:
+        _own_pieces(files, rename, source, {table, head}, found)
+    return found
+
+
+def _add_packed(
+    found: Pieces,
+    rename: _Names,
+    weight: str,
+    names: list[str],
+    shape: tuple[int, ...],
+    read: Callable[[], Parts],
+    scheme: Scheme,
+) -> str:
+    target, pattern = rename(weight)
+    if pattern is not None or target not in rename.state:
+        found.extra += names
+    else:
+        found.pieces.append(Piece(" + ".join(names), {target: shape}, read, scheme=scheme))
+    return target
+
+
+def _bnb_piece(files: Safetensors, weight: str) -> tuple[Scheme, tuple[int, ...], Callable[[], Parts]]:
+    names = bnb.suffixes(files.entries, weight)
+    state = next(suffix for suffix in names if suffix.startswith(bnb.STATE))
+    scheme, shape, offset = bnb.from_state(weight, files.read(weight + state))
+    sizes = {"codes": "", "absmax": ".absmax"} | ({"nested_absmax": ".nested_absmax"} if scheme.double else {})
+    for part, suffix in sizes.items():
+        expected = scheme.layout(shape)[part]
+        stored = files.entries.get(weight + suffix)
+        if stored is None:
+            raise QtuneError(f"{weight}{suffix} is missing")
+        if (
+            torch.Size(stored.shape).numel() * stored.dtype.itemsize
+            != torch.Size(expected[1]).numel() * expected[0].itemsize
+        ):
+            raise QtuneError(
+                f"{weight}{suffix} is {tuple(stored.shape)}, a weight of {shape} packed as {scheme} has {expected[1]}"
+            )
+    return scheme, shape, lambda: bnb.to_parts(weight, {s: files.read(weight + s) for s in names}, scheme, offset)
+
+
+def _own_pieces(files: Safetensors, rename: _Names, source: Source, tables: set[str], found: Pieces) -> None:
+    scheme, embeddings = stored_scheme(source.packed, "scheme"), stored_scheme(source.packed, "embeddings")
+    found.stored, found.stored_embeddings = scheme, embeddings
+    groups: dict[str, set[str]] = {}
+    for name in files.entries:
+        weight, _, part = name.rpartition(".")
+        if weight.endswith(".weight") and weight not in files.entries:
+            groups.setdefault(weight, set()).add(part)
+    for weight, parts in groups.items():
+        kind = embeddings if weight in tables else scheme
+        state = rename.state.get(weight)
+        if kind is None or isinstance(kind, Dense) or state is None or set(kind.layout((64, 64))) != parts:
+            continue  # not a packed weight of ours: it will be named as extra
+        shape = _packed_shape(weight, tuple(state.shape), source.packed)
+        for part, (dtype, size) in kind.layout(shape).items():
+            stored = files.entries[f"{weight}.{part}"]
+            if (stored.dtype, stored.shape) != (dtype, tuple(size)):
+                found.faults.append(
+                    f"{weight}.{part} is {stored.dtype} {stored.shape}, a weight of {shape} packed as {kind} has {dtype} {tuple(size)}"
+                )
+        _add_packed(
+            found,
+            rename,
+            weight,
+            [f"{weight}.{part}" for part in sorted(parts)],
+            shape,
+            _own_reader(files, weight, parts),
+            kind,
+        )
+
+
+def _own_reader(files: Safetensors, weight: str, parts: set[str]) -> Callable[[], Parts]:
+    return lambda: {part: files.read(f"{weight}.{part}") for part in parts}
+
+
+def _packed_shape(weight: str, shape: tuple[int, ...], packed: Mapping[str, Any]) -> tuple[int, ...]:
+    """[out, in] of a packed weight: Conv1D keeps the transpose in plain checkpoints, never in packed ones."""
+    return tuple(reversed(shape)) if weight.removesuffix(".weight") in packed.get("conv1d", ()) else shape
+
+
+# ---- faults ----
+
+
+def check(found: Pieces, model: PreTrainedModel, ties: Mapping[str, str]) -> list[str]:
+    """Faults of the pieces against the skeleton: missing, extra and mis-shaped tensors. ties: tied name -> the name it shares."""
+    state = model.state_dict()
+    given = {name for piece in found.pieces for name in piece.targets}
+    groups: dict[str, set[str]] = {}
+    for name, owner in ties.items():
+        groups.setdefault(owner, {owner}).add(name)
+    tied = {name for group in groups.values() if group & given for name in group}
+    missing = sorted(set(state) - given - tied, key=dot_natural_key)
+    faults = list(found.faults)
+    if missing := [name for name in missing if not _matches(model._keys_to_ignore_on_load_missing, name)]:
+        faults.append(f"{len(missing)} missing tensors: {', '.join(missing)}")
+    if extra := [name for name in found.extra if not _ignored(model, name)]:
+        faults.append(f"{len(extra)} extra tensors: {', '.join(extra)}")
+    shapes = [
+        f"{name} is {shape}, expected {expected}"
+        for piece in found.pieces
+        for name, shape in piece.targets.items()
+        if name in state and (expected := _expected(model, name, state, piece)) != tuple(shape)
+    ]
+    return faults + ([f"{len(shapes)} mis-shaped tensors: {'; '.join(shapes)}"] if shapes else [])
+
+
+def _expected(model: nn.Module, name: str, state: Mapping[str, Tensor], piece: Piece) -> tuple[int, ...]:
+    shape = tuple(state[name].shape)
+    packed_conv1d = piece.scheme is not None and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+    return tuple(reversed(shape)) if packed_conv1d else shape
+
+
+def _matches(patterns: Iterable[str] | None, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def _ignored(model: PreTrainedModel, name: str) -> bool:
+    """Leftovers that transformers ignores, too: buffers that old versions stored."""
+    buffers = {buffer.rpartition(".")[2] for buffer, _ in model.named_buffers()}
+    old = [
+        p
+        for p, key in ((r"rotary_emb\.inv_freq$", "inv_freq"), (r"(^|\.)position_ids$", "position_ids"))
+        if key in buffers
+    ]
+    return _matches(model._keys_to_ignore_on_load_unexpected, name) or _matches(old, name)

@@ -1,0 +1,184 @@
+"""The model without its weights: transformers' own modules on the meta device, linear layers replaced by QuantLinear.
+
+Buffers that no checkpoint stores (rotary frequencies, Gemma's embedding scale) are computed for real, by the initialisation that
+transformers itself runs after reading a checkpoint; they are filled with NaN first, so that a forgotten one is an error, not noise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import QtuneError
+from ..quant import QuantEmbedding, QuantLinear, Scheme
+
+
+@dataclass
+class Origin:
+    """Where a loaded model comes from: `model.qtune`. notes: what the user must know (dense experts, tensors left unread)."""
+
+    source: str
+    scheme: Scheme
+    embeddings: Scheme | None
+    dtype: torch.dtype
+    kind: str
+    notes: list[str] = field(default_factory=list)
+
+
+def empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' causal model of `config` on the meta device, in `dtype`, not yet packed."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    return model.eval().requires_grad_(False)
+
+
+def build(
+    config: Any, scheme: Scheme, *, embeddings: Scheme | None = None, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
+    """The packed model of `config` on the meta device, as `load` would fill it: for planning. Buffers are on meta, too."""
+    model = empty(config, dtype)
+    replace(model, lambda site: scheme, embeddings, dtype)
+    return model
+
+
+# ---- buffers ----
+
+
+def unsaved_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(module, its buffer's name, full name) of every buffer that checkpoints do not store."""
+    for path, module in model.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            if module._buffers.get(name) is not None:
+                yield module, name, f"{path}.{name}" if path else name
+
+
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Give every unsaved buffer its real value, on the CPU. Runs while parameters are on meta, where their initialisation is free."""
+    poisoned = {}
+    for module, name, full in unsaved_buffers(model):
+        buffer = module._buffers[name]
+        assert buffer is not None
+        value: float | bool = torch.nan if buffer.dtype.is_floating_point else False
+        if not buffer.dtype.is_floating_point and buffer.dtype != torch.bool:
+            value = torch.iinfo(buffer.dtype).min
+        module._buffers[name] = torch.full(buffer.shape, value, dtype=buffer.dtype, device="cpu")
+        poisoned[full] = (module, name, value)
+    for module in model.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    model.initialize_weights()
+    missed = [full for full, (module, name, value) in poisoned.items() if _poisoned(module._buffers[name], value)]
+    if missed:
+        raise QtuneError(
+            f"transformers {transformers.__version__} does not initialise these buffers of {type(model).__name__}: {', '.join(missed)}"
+        )
+
+
+def _poisoned(buffer: torch.Tensor | None, value: float | bool) -> bool:
+    if buffer is None or buffer.dtype == torch.bool:
+        return False
+    return bool((torch.isnan(buffer) if buffer.dtype.is_floating_point else buffer == value).any())
+
+
+# ---- sites ----
+
+
+def linear_sites(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers that are packed: nn.Linear and Conv1D, except the output head, tied ones and those that transformers keeps in fp32."""
+    head = model.get_output_embeddings()
+    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    kept = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
+    pattern = re.compile("|".join(rf"(^|\.)({name})(\.|$)" for name in kept)) if kept else None
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D)
+        and module is not head
+        and f"{name}.weight" not in tied
+        and not (pattern and pattern.search(name))
+    }
+
+
+def replace(
+    model: PreTrainedModel,
+    scheme_of: Callable[[str], Scheme],
+    embeddings: Scheme | None,
+    dtype: torch.dtype,
+    head: Scheme | None = None,
+) -> None:
+    """Put QuantLinear (meta) in place of every site, and with `embeddings` QuantEmbedding in place of the input table and QuantLinear of the head.
+
+    head: a scheme for the output head alone, where a checkpoint holds it packed.
+    """
+    sites = linear_sites(model)
+    if embeddings is not None:
+        _replace_embeddings(model, embeddings, dtype)
+    elif head is not None:
+        _replace_head(model, head, dtype)
+    for name, module in sites.items():
+        model.set_submodule(name, _linear(name, module, scheme_of(name), dtype))
+
+
+def _linear(name: str, module: nn.Module, scheme: Scheme, dtype: torch.dtype) -> QuantLinear:
+    assert isinstance(module.weight, torch.Tensor)
+    conv1d = isinstance(module, Conv1D)
+    size_out, size_in = reversed(module.weight.shape) if conv1d else module.weight.shape
+    return QuantLinear(
+        size_in, size_out, scheme, bias=module.bias is not None, dtype=dtype, device="meta", name=name, conv1d=conv1d
+    )
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _replace_head(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype) -> None:
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise QtuneError(
+            f"the output head of {type(model).__name__} is {type(head).__name__}; only nn.Linear can be packed"
+        )
+    name = _name_of(model, head)
+    model.set_submodule(name, _linear(name, head, scheme, dtype))
+
+
+def _replace_embeddings(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype) -> None:
+    table = model.get_input_embeddings()
+    scale = getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", None))
+    scaled = type(table).__name__.endswith("ScaledWordEmbedding") and isinstance(scale, int | float)
+    if not isinstance(table, nn.Embedding) or not (type(table) is nn.Embedding or scaled):
+        raise QtuneError(
+            f"the input embedding of {type(model).__name__} is {type(table).__name__}, which cannot be packed: its forward pass is its own; "
+            "leave embeddings unset"
+        )
+    if table.max_norm is not None:
+        raise QtuneError(
+            f"the input embedding of {type(model).__name__} renormalises its rows (max_norm), so it cannot be packed"
+        )
+    name = _name_of(model, table)
+    packed = QuantEmbedding(
+        table.num_embeddings, table.embedding_dim, scheme, padding_idx=table.padding_idx, scale=float(scale) if scaled else None,
+        dtype=dtype, device="meta", name=name,
+    )  # fmt: skip
+    model.set_submodule(name, packed)
+    if model.get_output_embeddings() is not None:
+        _replace_head(model, scheme, dtype)
+
+
+def dense_experts(model: nn.Module) -> tuple[int, int]:
+    """Number and bytes of the fused expert weights (3-D parameters, convolutions aside), which no scheme packs yet."""
+    found = [
+        p
+        for module in model.modules()
+        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        for p in module.parameters(recurse=False)
+        if p.dim() == 3
+    ]
+    return len(found), sum(p.numel() * p.element_size() for p in found)

@@ -1,0 +1,176 @@
+"""Where a model comes from: a folder, a hub id or a GGUF file; what is refused is refused here, before anything is read.
+
+No pickle (`.bin` can run code), no remote code (`auto_map` is never followed), no path outside of the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from ..checkpoint import faults_error
+from ..errors import QtuneError
+from ..gguf import GGUF
+from ..quant import Scheme, scheme_from
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "tokenizer*",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+    "LICENSE*",
+    "NOTICE*",
+]
+HUB_LEFT_OUT = ["consolidated*", "original/*", "*/*"]
+FORMAT = 1  # of our own packed checkpoints
+
+
+@dataclass
+class Source:
+    """A checkpoint that was found and whose configuration is legal.
+
+    kind: safetensors, gguf, or qtune (packed: ours or bitsandbytes 4-bit). stem: first word of the weight files' names.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    config: Any
+    stem: str = "model"
+    gguf: GGUF | None = None
+    packed: dict[str, Any] = field(default_factory=dict)  # the `qtune` entry of config.json
+    notes: list[str] = field(default_factory=list)
+
+
+def open_source(model: str | Path) -> Source:
+    """Find `model` (folder, .gguf file or hub id) and read its configuration. Raises QtuneError with all faults found."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise QtuneError(
+                f"{path} is a file, but no .gguf; give a folder with config.json and safetensors files, a .gguf file or a hub id"
+            )
+        return _gguf(path)
+    if path.is_dir():
+        return _folder(path, str(model))
+    return _folder(_download(str(model)), str(model))
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or model.endswith(".gguf")
+    if looks_local:
+        raise QtuneError(f"there is no file or folder {model!r}, and it is no hub id (owner/name)")
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT))
+    except Exception as error:  # the hub client raises dozens of types, of three libraries
+        reason = " ".join(str(error).split())[:300]
+        raise QtuneError(
+            f"there is no folder {model!r} here, and the hub id {model!r} could not be fetched nor found in the local cache: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
+def _folder(folder: Path, name: str) -> Source:
+    config = _json(folder / "config.json")
+    packed = config.get("qtune") or {}
+    stem, faults = _weights(folder, packed)
+    faults += _config_faults(config, packed)
+    if faults:
+        raise faults_error(f"cannot load {name}", faults)
+    known = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    notes = []
+    if config.get("auto_map"):
+        notes.append("config.json names code of its own (auto_map); it was not run, transformers' own class serves")
+    kind = "qtune" if packed or config.get("quantization_config") else "safetensors"
+    for leftover in ("quantization_config", "qtune", "auto_map"):
+        if hasattr(known, leftover):
+            delattr(known, leftover)
+    return Source(name, folder, kind, known, stem, packed=packed, notes=notes)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise QtuneError(f"{path.parent} has no {path.name}, so it is no checkpoint folder") from error
+    except (OSError, ValueError) as error:
+        raise QtuneError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise QtuneError(f"{path} holds no JSON object")
+    return value
+
+
+def _weights(folder: Path, packed: dict[str, Any]) -> tuple[str, list[str]]:
+    """The stem of the weight files, and why there is none."""
+    stems = ["qtune", "model"] if packed else ["model"]
+    for stem in stems:
+        if any((folder / f"{stem}.safetensors{end}").is_file() for end in ("", ".index.json")):
+            return stem, []
+    pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
+    if pickles:
+        code = f"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; M.from_pretrained({str(folder)!r}).save_pretrained('converted'); T.from_pretrained({str(folder)!r}).save_pretrained('converted')"
+        return "", [
+            f"its weights are pickle files ({', '.join(pickles)}), which can run code when they are opened and are never read here; "
+            f'if you trust where they come from, convert them: python -c "{code}"'
+        ]
+    if found := sorted(p.name for p in folder.glob("*.gguf")):
+        return "", [f"the folder holds GGUF files; give one of them: {', '.join(str(folder / name) for name in found)}"]
+    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    return "", [
+        f"no model.safetensors and no model.safetensors.index.json (safetensors files found: {', '.join(found) or 'none'})"
+    ]
+
+
+def _config_faults(config: dict[str, Any], packed: dict[str, Any]) -> list[str]:
+    kind, faults = config.get("model_type"), []
+    if kind not in transformers.CONFIG_MAPPING:
+        why = " and its own code (auto_map) is never run" if config.get("auto_map") else ""
+        faults.append(
+            f"unknown architecture: model_type {kind!r} is not in transformers {transformers.__version__}{why}"
+        )
+    elif transformers.CONFIG_MAPPING[kind] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        faults.append(f"architecture {kind!r} has no causal language model in transformers {transformers.__version__}")
+    quantized = config.get("quantization_config")
+    if quantized and not (quantized.get("quant_method") == "bitsandbytes" and quantized.get("load_in_4bit")):
+        faults.append(
+            f"it is quantized already, by {quantized.get('quant_method')!r}; readable packed checkpoints: bitsandbytes 4-bit and qtune's own"
+        )
+    if packed and packed.get("format") != FORMAT:
+        faults.append(f"it is a packed checkpoint of format {packed.get('format')!r}; this qtune reads format {FORMAT}")
+    return faults
+
+
+def _gguf(path: Path) -> Source:
+    file = GGUF(path)
+    with tempfile.TemporaryDirectory() as folder:
+        file.write_header(Path(folder) / "header.gguf")
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, gguf_file="header.gguf", trust_remote_code=False)
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise QtuneError(
+                f"cannot load {path}: transformers {transformers.__version__} cannot read GGUF architecture {file.architecture!r} ({error})"
+            ) from error
+    if hasattr(config, "quantization_config"):  # transformers leaves one behind: the weights are dequantized
+        del config.quantization_config
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise QtuneError(
+            f"cannot load {path}: architecture {file.architecture!r} has no causal language model in transformers"
+        )
+    return Source(str(path), path, "gguf", config, gguf=file)
+
+
+def stored_scheme(packed: dict[str, Any], key: str) -> Scheme | None:
+    """The scheme that a packed checkpoint of ours names under `key` (scheme, embeddings)."""
+    return None if packed.get(key) is None else scheme_from(packed[key])

@@ -1,0 +1,405 @@
+"""Operations on packed weights: for each a schema, a torch reference (the truth) and a shape function, so all runs on meta.
+
+    w ~ table[code] * absmax[block]          4-bit: blocks of the flat weight, two codes a byte, the first in the high nibble
+    absmax ~ map8[code8] * nested + offset   double quantization: blocks of 256, bitsandbytes' signed dynamic 8-bit map
+    w ~ code * absmax[row] / 127             int8: one scale a row, applied after the product
+
+Sources: QLoRA (arXiv 2305.14314), LLM.int8 (2208.07339), dynamic map (1511.04561). Codes and scales are bit-equal to
+bitsandbytes 0.50 on CPU. A kernel may serve an op in place of its reference: `backend.kernel` decides once per (op,
+device type). Left out: products in packed form.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend
+
+REFERENCES: dict[str, Callable[..., Any]] = {}
+
+# the 16 values of each 4-bit type in code order (bitsandbytes' tables; fp4 = sign, 2 exponent bits, 1 mantissa bit,
+# divided by 12)
+TABLES: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": tuple(sign * v / 12.0 + 0.0 for sign in (1, -1) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+}  # fmt: skip
+# codes in ascending order of value; bitsandbytes' sort of fp4's two zeros puts code 0 before code 8
+ASCENDING: dict[str, tuple[int, ...]] = {
+    "nf4": tuple(range(16)),
+    "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3),
+}
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCK = 256
+TINY = 1e-38  # bitsandbytes' floor for a block's absmax
+CHUNK = 1 << 22  # elements a reference handles at a time, so that its temporaries stay small
+
+
+def _is_fp64(value: object) -> bool:
+    """Kernels serve fp32, bf16 and fp16; fp64, for gradient checks and oracles, is the references' on every machine."""
+    return value is torch.float64 or (isinstance(value, Tensor) and value.dtype == torch.float64)
+
+
+def _op(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Register `qtune::<name>`: the decorated function is its shape function, `reference` its meaning."""
+    name = reference.__name__
+
+    def body(*args: Any) -> Any:
+        tensor = next(a for a in args if isinstance(a, Tensor))
+        kernel = None if any(map(_is_fp64, args)) else backend.kernel(name, tensor.device.type)
+        return (kernel or reference)(*args)
+
+    def register(fake: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(reference, mutates_args=())
+        op = torch.library.custom_op(f"qtune::{name}", body, mutates_args=(), schema=schema)
+        op.register_fake(fake)
+        REFERENCES[name] = reference
+        return op
+
+    return register
+
+
+# ---- tables ----
+
+
+@functools.cache
+def table(kind: str, device: torch.device) -> Tensor:
+    """The 16 fp32 values of a 4-bit type."""
+    return torch.tensor(TABLES[kind], dtype=torch.float32, device=device)
+
+
+@functools.cache
+def pairs(kind: str, device: torch.device) -> Tensor:
+    """[256, 2] fp32: both values of every byte."""
+    values, byte = table(kind, device), torch.arange(256, device=device)
+    return torch.stack((values[byte >> 4], values[byte & 15]), dim=1)
+
+
+@functools.cache
+def bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Midpoints between neighbouring values (fp32 [15]) and the codes in ascending order (uint8 [16])."""
+    order = torch.tensor(ASCENDING[kind], device=device)
+    ascending = table(kind, device)[order]
+    return (ascending[:-1] + ascending[1:]) / 2, order.to(torch.uint8)
+
+
+@functools.cache
+def dynamic8(device: torch.device) -> Tensor:
+    """bitsandbytes' signed dynamic 8-bit map, fp32 [256] ascending: 7 decades, each with twice the values of the one
+    below."""
+    data = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
+        means = ((10 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
+        data += means + [-m for m in means]
+    return torch.tensor(sorted(data), dtype=torch.float32, device=device)
+
+
+@functools.cache
+def dynamic8_grid(device: torch.device) -> Tensor:
+    """uint8 [65536]: the code of each point of bitsandbytes' 16-bit grid over [-1, 1], by which its CPU kernel
+    rounds."""
+    codes = dynamic8(torch.device("cpu"))
+    middle = 0.5 * (codes[:-1] + codes[1:])
+    points = -1.0 + (2.0 * torch.arange(65536, dtype=torch.float32, device="cpu")) / 65535
+    return torch.bucketize(points, middle).to(torch.uint8).to(device)
+
+
+# ---- 4-bit blocks ----
+
+
+def blockwise4_pack(w: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
+    """w (any shape, n elements, finite) -> codes uint8 [ceil(n/2)], absmax fp32 [ceil(n/block)]."""
+    flat = w.reshape(-1)
+    n = flat.numel()
+    middle, order = bounds(kind, w.device)
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(n // -block), dtype=torch.float32, device=w.device)
+    step = CHUNK // block * block
+    for start in range(0, n, step):
+        part = flat[start : start + step].float()
+        full = part.numel() // block * block
+        body = part[:full].view(-1, block)
+        peak = body.abs().amax(dim=1) if full else part.new_empty(0)
+        scaled = (body * (1.0 / peak.clamp(min=TINY)).unsqueeze(1)).clamp(-1, 1).view(-1)
+        if full < part.numel():  # bitsandbytes divides in the last, partial block and stores its floored absmax
+            tail = part[full:].abs().max().clamp(min=TINY)
+            peak = torch.cat((peak, tail.unsqueeze(0)))
+            scaled = torch.cat((scaled, (part[full:] / tail).clamp(-1, 1)))
+        if scaled.numel() % 2:
+            scaled = torch.nn.functional.pad(scaled, (0, 1))
+        code = order[torch.bucketize(scaled, middle, out_int32=True)]
+        absmax[start // block : start // block + peak.numel()] = peak
+        codes[start // 2 : start // 2 + code.numel() // 2] = (code[::2] << 4) | code[1::2]
+    return codes, absmax
+
+
+@_op(blockwise4_pack)
+def _(w: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
+    n = w.numel()
+    return w.new_empty((n + 1) // 2, dtype=torch.uint8), w.new_empty(-(n // -block), dtype=torch.float32)
+
+
+def dynamic8_pack(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x fp32 [m] -> codes uint8 [m], absmax fp32 [ceil(m/256)]; a block of zeros gets code 0 and absmax 0."""
+    m = x.numel()
+    blocks = torch.nn.functional.pad(x, (0, -m % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    normed = (blocks * (1.0 / absmax).unsqueeze(1)).clamp(-1, 1).nan_to_num_(nan=-1.0)
+    share = (normed + 1.0) * 0.5
+    if share.device.type == "mps":  # has no fp64
+        share = share.cpu()
+    # fp64 holds the product exactly: rounding the sum once to fp32 equals the fused multiply-add of bitsandbytes' build
+    point = (share.double() * 65535 + 0.5).float().to(torch.int32).to(x.device)
+    return dynamic8_grid(x.device)[point].view(-1)[:m].contiguous(), absmax
+
+
+@_op(dynamic8_pack)
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.uint8), x.new_empty(-(x.numel() // -NESTED_BLOCK))
+
+
+def block_scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
+    """The fp32 scale of each block, double quantization undone."""
+    if nested_absmax is None:
+        return absmax
+    values = dynamic8(absmax.device)[absmax.to(torch.int32)]
+    nested = nested_absmax.repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
+    assert nested_offset is not None
+    return values * nested + nested_offset
+
+
+def blockwise4_unpack_into(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    kind: str,
+    block: int,
+    out: Tensor,
+) -> None:
+    """Dequantize into `out` (contiguous, n elements): fp32 product of table value and scale, rounded once to out's
+    dtype."""
+    flat, both = out.view(-1), pairs(kind, codes.device)
+    n, step = flat.numel(), CHUNK // block * block
+    scales = block_scales(absmax, nested_absmax, nested_offset)
+    for start in range(0, n, step):
+        size = min(step, n - start)
+        values = both[codes[start // 2 : (start + size + 1) // 2].to(torch.int32)].view(-1)[:size]
+        full = size // block * block
+        scale = scales[start // block : start // block - (size // -block)]
+        torch.mul(
+            values[:full].view(-1, block),
+            scale[: full // block].unsqueeze(1),
+            out=flat[start : start + full].view(-1, block),
+        )
+        if full < size:
+            torch.mul(values[full:], scale[-1], out=flat[start + full : start + size])
+
+
+def _unpack_into(out: Tensor) -> Callable[..., None]:
+    kernel = None if _is_fp64(out) else backend.kernel("blockwise4_unpack_into", out.device.type)
+    return kernel or blockwise4_unpack_into
+
+
+def blockwise4_unpack(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    kind: str,
+    block: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Packed parts -> a fresh weight of `shape` and `dtype`."""
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    blockwise4_unpack_into(codes, absmax, nested_absmax, nested_offset, kind, block, out)
+    return out
+
+
+@_op(blockwise4_unpack)
+def _(codes, absmax, nested_absmax, nested_offset, kind, block, shape, dtype):  # type: ignore[no-untyped-def]
+    return codes.new_empty(shape, dtype=dtype)
+
+
+def blockwise4_rows(
+    ids: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    kind: str,
+    block: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gather rows: ids int64 [...] -> [..., shape[1]], touching only the bytes of those rows.
+
+    An id outside of the table is an IndexError.
+    """
+    width = shape[1]
+    flat, out = ids.reshape(-1).long(), torch.empty((ids.numel(), width), dtype=dtype, device=codes.device)
+    rows = max(1, CHUNK // 8 // max(1, width))  # a value costs 40 bytes of temporaries here
+    for start in range(0, flat.numel(), rows):
+        row = flat[start : start + rows].unsqueeze(1)
+        place = (row * width + torch.arange(width, device=ids.device)).view(-1)
+        byte = codes.index_select(0, place >> 1)  # refuses a negative place, where codes[...] would count from the end
+        code = torch.where(place % 2 == 0, byte >> 4, byte & 15)
+        which = place // block
+        scale = absmax[which]
+        if nested_absmax is not None:
+            assert nested_offset is not None
+            scale = dynamic8(ids.device)[scale.to(torch.int32)] * nested_absmax[which // NESTED_BLOCK] + nested_offset
+        out[start : start + rows] = (table(kind, ids.device)[code.to(torch.int32)] * scale).view(-1, width)
+    return out.view(*ids.shape, width)
+
+
+@_op(blockwise4_rows)
+def _(ids, codes, absmax, nested_absmax, nested_offset, kind, block, shape, dtype):  # type: ignore[no-untyped-def]
+    return codes.new_empty((*ids.shape, shape[1]), dtype=dtype)
+
+
+# ---- the product with a dequantized weight ----
+
+
+class _Arenas(threading.local):
+    """Per thread: (dtype, device, stream) -> buffer."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
+
+
+_arenas = _Arenas()
+
+
+def arena(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer for one dequantized weight, reused from call to call: fresh pages cost as much as the dequantization.
+
+    One per thread, dtype and device (and CUDA stream), as large as the largest weight so far. Its content lives until
+    the next call: only the ops below may use it. Never an inference tensor, which an evaluation before training would
+    else leave behind and training could not write.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (dtype, device, stream)
+    buffers = _arenas.buffers
+    if key not in buffers or buffers[key].numel() < numel:
+        buffers.pop(key, None)  # release before growing
+        with torch.inference_mode(False):
+            buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+    return buffers[key][:numel]
+
+
+def _product(x: Tensor, w: Tensor, transpose: bool) -> Tensor:
+    return x @ w if transpose else torch.nn.functional.linear(x, w)
+
+
+def _product_like(x: Tensor, shape: Sequence[int], transpose: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], shape[1] if transpose else shape[0]))
+
+
+def blockwise4_matmul(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    kind: str,
+    block: int,
+    shape: Sequence[int],
+    transpose: bool,
+) -> Tensor:
+    """x [..., in] -> x W^T [..., out]; with `transpose` x [..., out] -> x W [..., in]. W is unpacked to x's dtype in
+    the arena."""
+    w = arena(prod(shape), x.dtype, x.device).view(*shape)
+    _unpack_into(w)(codes, absmax, nested_absmax, nested_offset, kind, block, w)
+    return _product(x, w, transpose)
+
+
+@_op(blockwise4_matmul)
+def _(x, codes, absmax, nested_absmax, nested_offset, kind, block, shape, transpose):  # type: ignore[no-untyped-def]
+    return _product_like(x, shape, transpose)
+
+
+# ---- int8 rows ----
+
+INT8_STEP = 1.0 / 127.0
+
+
+def int8_pack(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w [out, in] -> codes int8 [out, in], absmax fp32 [out]; round half to even, as bitsandbytes'
+    `int8_vectorwise_quant`."""
+    absmax = w.abs().amax(dim=1).float() if w.shape[1] else w.new_zeros(w.shape[0], dtype=torch.float32)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    factor = torch.where(absmax > 0, 127.0 / absmax, 0.0).unsqueeze(1)
+    rows = max(1, CHUNK // max(1, w.shape[1]))
+    for start in range(0, w.shape[0], rows):
+        # the clamp matters for a subnormal absmax only, whose reciprocal overflows
+        scaled = (
+            (w[start : start + rows].float() * factor[start : start + rows]).nan_to_num_().round_().clamp_(-127, 127)
+        )
+        codes[start : start + rows] = scaled
+    return codes, absmax
+
+
+@_op(int8_pack)
+def _(w: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(w, dtype=torch.int8), w.new_empty(w.shape[0], dtype=torch.float32)
+
+
+def int8_unpack(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes int8 [out, in], absmax fp32 [out] -> [out, in]: fp32 product, rounded once."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    return torch.mul(codes, (absmax * INT8_STEP).unsqueeze(1), out=out)
+
+
+@_op(int8_unpack)
+def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype)
+
+
+def int8_rows(ids: Tensor, codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gather rows: ids int64 [...] -> [..., in]. An id outside of the table is an IndexError."""
+    flat = ids.reshape(-1)
+    rows = torch.empty((flat.numel(), codes.shape[1]), dtype=dtype, device=codes.device)
+    torch.mul(codes.index_select(0, flat), (absmax.index_select(0, flat) * INT8_STEP).unsqueeze(1), out=rows)
+    return rows.view(*ids.shape, codes.shape[1])
+
+
+@_op(int8_rows)
+def _(ids: Tensor, codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty((*ids.shape, codes.shape[1]), dtype=dtype)
+
+
+def int8_matmul(x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool) -> Tensor:
+    """x [..., in] -> (x C^T) * scale; with `transpose` (x * scale) C. The scale is applied in fp32 outside of the
+    product.
+
+    fp16 has no range for that (codes up to 127 overflow the product with a large activation, a 127th of a gradient
+    vanishes): there W is scaled.
+    """
+    w = arena(codes.numel(), x.dtype, x.device).view(codes.shape)
+    w.copy_(codes)
+    scale = absmax * INT8_STEP
+    if x.dtype == torch.float16:
+        return _product(x, w.mul_(scale.unsqueeze(1)), transpose)
+    if transpose:
+        return (x * scale).to(x.dtype) @ w
+    y = torch.nn.functional.linear(x, w)
+    return torch.mul(y, scale, out=y)
+
+
+@_op(int8_matmul)
+def _(x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool) -> Tensor:
+    return _product_like(x, codes.shape, transpose)

@@ -1,0 +1,150 @@
+"""QuantLinear: a frozen linear layer over a packed weight, the only base that an adapter ever sees; QuantEmbedding:
+the same for a table.
+
+    y = x W^T + b, dx = dy W; the backward keeps the packed weight only, and there is no gradient for it.
+Autograd of the frozen product lives here and nowhere else, so ops and kernels are pure functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import QtuneError
+from .scheme import Parts, Scheme, flatten, views
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """x [..., in], packed uint8 [bytes] -> x W^T [..., out]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.scheme, ctx.shape = scheme, shape
+        return scheme.matmul(x, views(scheme, packed, shape), shape, False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (packed,) = ctx.saved_tensors
+        return ctx.scheme.matmul(dy, views(ctx.scheme, packed, ctx.shape), ctx.shape, True), None, None, None
+
+
+class _Packed(nn.Module):
+    """What QuantLinear and QuantEmbedding share: one flat frozen uint8 parameter and what is read from it."""
+
+    packed: nn.Parameter
+
+    def __init__(
+        self, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, device: torch.device | str | None, name: str
+    ) -> None:
+        super().__init__()
+        self.shape, self.scheme, self.dtype, self.name = shape, scheme, dtype, name
+        self.packed = nn.Parameter(
+            torch.empty(scheme.nbytes(shape), dtype=torch.uint8, device=device), requires_grad=False
+        )
+
+    @property
+    def parts(self) -> Parts:
+        """The named parts, as views of `packed`."""
+        return views(self.scheme, self.packed, self.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A fresh dense copy [out, in] that the caller may keep. Costly: not for a forward pass."""
+        return self.scheme.unpack(self.parts, self.shape, dtype)
+
+    def set_weight(self, w: Tensor) -> None:
+        """Pack w [out, in] anew. Raises QtuneError for another shape, NaN or infinity."""
+        if tuple(w.shape) != self.shape:
+            raise QtuneError(f"{self.name or 'weight'} is {tuple(w.shape)}, the layer is {self.shape}")
+        self.set_parts(self.scheme.checked_pack(w.detach(), self.name or "weight"))
+
+    def set_parts(self, parts: Parts) -> None:
+        """Take parts that something else chose. Raises QtuneError where they are not the scheme's."""
+        flat = flatten(self.scheme, parts, self.shape)
+        if self.packed.is_meta:
+            self.packed = nn.Parameter(flat, requires_grad=False)
+        else:
+            with torch.no_grad():  # not through .data: a backward that still needs the old bytes must be told
+                self.packed.copy_(flat)
+
+    def digest(self) -> str:
+        """sha256 of what identifies the packed weight: scheme, shape and the parts that `scheme.identity()` names."""
+        text = hashlib.sha256(f"{self.scheme}{self.shape}".encode())
+        parts = self.parts
+        for name in self.scheme.identity():
+            text.update(parts[name].detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
+        return text.hexdigest()
+
+
+class QuantLinear(_Packed):
+    """Frozen y = x W^T + b over a packed W [out, in].
+
+    name: the module's name in the model. dtype: the model's compute dtype, in which adapters are made; the product
+    itself is in x's dtype. conv1d: the checkpoint stores W transposed (GPT-2's Conv1D); here it is always [out, in].
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        name: str = "",
+        conv1d: bool = False,
+    ) -> None:
+        super().__init__((out_features, in_features), scheme, dtype, device, name)
+        self.in_features, self.out_features, self.conv1d = in_features, out_features, conv1d
+        empty = torch.empty(out_features, dtype=dtype, device=device)
+        self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in] -> x W^T [..., out], without the bias."""
+        return _FrozenMatmul.apply(x, self.packed, self.scheme, self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, scheme={self.scheme}, bias={self.bias is not None}"
+
+
+class QuantEmbedding(_Packed):
+    """Frozen table over packed rows: ids [...] -> [..., embedding_dim] in `dtype`, times `scale` (Gemma)."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        scheme: Scheme,
+        *,
+        padding_idx: int | None = None,
+        scale: float | None = None,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__((num_embeddings, embedding_dim), scheme, dtype, device, name)
+        self.num_embeddings, self.embedding_dim, self.padding_idx, self.scale = (
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            scale,
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> rows [..., embedding_dim]."""
+        rows = self.scheme.rows(ids, self.parts, self.shape, self.dtype)
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}"

@@ -1,0 +1,77 @@
+"""What a person sees: rich bars on a terminal, plain lines elsewhere. With `json` everything of it goes to stderr,
+stdout stays for the program."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+Advance = Callable[..., None]  # advance(n=1, note="")
+PLAIN_LINES = 10  # lines that a bar prints where there is no terminal
+
+
+class Screen:
+    """Console and bars. `quiet` shows nothing at all (tests, library use)."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.console = Console(stderr=json, quiet=quiet, highlight=False, soft_wrap=True)
+
+    def line(self, text: str | Text = "", style: str | None = None) -> None:
+        """One line of text; markup in a str is not interpreted."""
+        self.console.print(Text(text, style=style or "") if isinstance(text, str) else text)
+
+    def title(self, text: str) -> None:
+        """A heading between the stages of a command."""
+        self.line()
+        self.line(text, "bold cyan")
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Advance]:
+        """A progress bar of `total` units; yields advance(n, note)."""
+        if self.console.is_terminal and not self.console.quiet:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            with Progress(*columns, console=self.console) as progress:
+                task = progress.add_task(label, total=total, note="")
+                yield lambda n=1, note="": progress.update(task, advance=n, **({"note": note} if note else {}))
+        else:
+            yield self._plain(label, total)
+
+    def _plain(self, label: str, total: int) -> Advance:
+        state = {"done": 0, "shown": 0}
+        start = time.monotonic()
+
+        def advance(n: int = 1, note: str = "") -> None:
+            state["done"] += n
+            tenth = state["done"] * PLAIN_LINES // max(1, total)
+            if tenth > state["shown"]:
+                state["shown"] = tenth
+                left = (time.monotonic() - start) / state["done"] * (total - state["done"])
+                self.line(
+                    f"{label} {state['done']}/{total}"
+                    + (f", {left:.0f} s left" if state["done"] < total else "")
+                    + (f"  {note}" if note else "")
+                )
+
+        return advance
+
+
+def size(n: float) -> str:
+    """Bytes in words: 87.4 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"

@@ -1,0 +1,130 @@
+"""One training step: forward, loss, backward, clip, optimizer. What a plan traces is what training runs.
+
+The loss of a step is the sum over all trained tokens of all its micro-batches divided by their number, so that two
+micro-batches of one sample equal one of two, whatever their lengths (transformers' trainer had this wrong until
+4.46).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import METHODS, adapted_sites
+from .errors import QtuneError
+from .loss import Transform, cross_entropy_sum, logit_transform, trained_tokens
+from .optim import AdamW
+
+
+class NonFinite(QtuneError):
+    """The loss or a gradient is NaN or infinite; the weights are still those before the step."""
+
+
+class BatchLike(Protocol):
+    """input_ids, attention_mask, labels: int64 [batch, seq]; labels -100 where not trained."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over trained tokens; grad_norm: before clipping."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    trained: int
+
+
+class LanguageModel:
+    """A transformers causal model seen as body and head, so that the loss can be taken in chunks."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config = model.config
+        self.transform: Transform = logit_transform(model.config.get_text_config())
+
+    @property
+    def head(self) -> nn.Module:
+        """The output embedding: whatever stands there now, adapted or not."""
+        return self.model.get_output_embeddings()
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states [batch, seq, hidden], after the final norm."""
+        return self.model.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Full logits [batch, seq, vocabulary], as the loss sees them."""
+        return self.transform(self.head(self.hidden(input_ids, attention_mask)))
+
+    def loss_sum(self, batch: BatchLike) -> Tensor:
+        """Summed loss over the trained positions of a batch, fp32 scalar."""
+        hidden = self.hidden(batch.input_ids, batch.attention_mask)
+        return cross_entropy_sum(
+            hidden, batch.labels, self.head, self.config.get_text_config().vocab_size, self.transform
+        )
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raises QtuneError where body, head and transform do not give the model's own logits: an architecture that
+        does more after its head."""
+        device = next(self.model.parameters()).device
+        ids = torch.arange(8, device=device).unsqueeze(0)
+        mode = self.model.training
+        self.model.eval()
+        own = self.model(input_ids=ids, use_cache=False).logits
+        ours = self.logits(ids, torch.ones_like(ids))
+        self.model.train(mode)
+        if not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2 * float(own.abs().max())):
+            raise QtuneError(
+                f"{type(self.model).__name__} changes its logits in a way that qtune does not know; "
+                "training it would be wrong"
+            )
+
+
+class TrainStep:
+    """Runs optimizer steps over micro-batches. Holds no data and no schedule."""
+
+    def __init__(self, model: LanguageModel, optimizer: AdamW, *, clip: float | None) -> None:
+        self.model, self.optimizer, self.clip = model, optimizer, clip
+        self.sites = {name: site.adapter for name, site in adapted_sites(model.model).items()}
+        self.method = METHODS[next(iter(self.sites.values())).method]
+
+    def __call__(self, batches: Sequence[BatchLike], step: int, steps: int, factor: float) -> StepResult:
+        """One optimizer step, 1-based `step` of `steps`, at `factor` times the learning rate. Raises NonFinite before
+        any weight changes."""
+        trained = sum(trained_tokens(batch.labels) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            loss = self.model.loss_sum(batch) / max(1, trained)
+            total += loss.item()
+            loss.backward()
+        total += self._penalty()
+        norm = self._grad_norm()
+        if not (torch.isfinite(torch.tensor(total)) and torch.isfinite(norm)):
+            self.optimizer.drop_gradients()
+            raise NonFinite(f"step {step}: loss is {total}, gradient norm is {float(norm)}")
+        self.optimizer.step(factor)
+        self.method.after_step(self.sites, step, steps)
+        return StepResult(total, float(norm), sum(batch.input_ids.numel() for batch in batches), trained)
+
+    def _penalty(self) -> float:
+        terms = [term for adapter in self.sites.values() if (term := adapter.penalty()) is not None]
+        if not terms:
+            return 0.0
+        penalty = torch.stack(terms).sum()
+        penalty.backward()
+        return penalty.item()
+
+    def _grad_norm(self) -> Tensor:
+        """Clips in place where asked; returns the norm before."""
+        limit = float("inf") if self.clip is None else self.clip
+        return nn.utils.clip_grad_norm_(self.optimizer.parameters, limit)

@@ -1,0 +1,284 @@
+"""Training: steps, evaluation, metrics, saves. The Trainer takes built objects and knows no method and no scheme.
+
+A run can end in four ways, and in each the folder is whole: done, Ctrl-C (saved after the step at hand), a loss that
+is not finite (the last saved adapter stays), an error. Left out: exact resume, packing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapters import adapt, adapted_sites
+from .adapters.files import load_adapter, save_adapter
+from .data import Example, load_data, show_example, stream
+from .errors import QtuneError
+from .evaluate import EvalResult, evaluate
+from .optim import AdamW, lr_factor
+from .recipe import Recipe, TrainKeys
+from .runs import METRICS, RECIPE, load_base, refuse_ranks
+from .safe_io import write_text
+from .screen import Screen, size
+from .step import LanguageModel, NonFinite, TrainStep
+
+SAVES = 10  # saves of the adapter in a run, where the recipe does not say
+
+
+@dataclass
+class TrainResult:
+    """steps: done. before, after: evaluations at step 0 and at the end. interrupted: by Ctrl-C, saved."""
+
+    folder: Path
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    interrupted: bool = False
+    losses: list[float] = field(default_factory=list)
+    before: EvalResult | None = None
+    after: EvalResult | None = None
+
+
+class Trainer:
+    """Runs the steps of one run. `save(step)` writes the adapter; `log(row)` writes a metrics line."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        keys: TrainKeys,
+        *,
+        folder: Path,
+        screen: Screen,
+        save: Callable[[int], None],
+    ) -> None:
+        self.model, self.examples, self.held_out, self.keys = model, examples, held_out, keys
+        self.screen, self.save, self.folder = screen, save, folder
+        self.steps = steps_of(keys, len(examples))
+        self.device = next(model.model.parameters()).device
+        self.saved: int | None = None
+        named = [(n, p) for n, p in model.model.named_parameters() if p.requires_grad]
+        scales = {
+            f"{site}.adapter.{p}": s
+            for site, a in adapted_sites(model.model).items()
+            for p, s in a.adapter.lr_scale().items()
+        }
+        optimizer = AdamW(
+            named,
+            lr=keys.lr,
+            betas=keys.betas,
+            weight_decay=keys.weight_decay,
+            master_weights=keys.master_weights,
+            scales=scales,
+        )
+        self.train_step = TrainStep(model, optimizer, clip=keys.clip)
+
+    def run(self) -> TrainResult:
+        """All steps, with evaluation before (where asked), on the way and after. Raises NonFinite naming the last
+        good save."""
+        result = TrainResult(self.folder)
+        if self.held_out and self.keys.eval_at_start:
+            result.before = self._evaluate(0, "before training")
+        if self.keys.checkpointing:
+            self.model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.model.train()
+        try:
+            self._loop(result)
+        finally:
+            if self.keys.checkpointing:
+                self.model.model.gradient_checkpointing_disable()
+            self.model.model.eval()
+        self._save(result.steps)
+        if self.held_out and not result.interrupted:
+            result.after = self._evaluate(result.steps, "after training")
+        return result
+
+    def _loop(self, result: TrainResult) -> None:
+        data = stream(self.examples, self.keys.micro_batch, self.keys.seed)
+        save_every = self.keys.save_every or max(1, math.ceil(self.steps / SAVES))
+        started = time.perf_counter()
+        with deferred_interrupt() as interrupted, self.screen.bar("training", self.steps) as advance:
+            for step in range(1, self.steps + 1):
+                tick = time.perf_counter()
+                batches = [batch.to(self.device) for batch in islice(data, self.keys.accumulate)]
+                factor = lr_factor(step - 1, self.steps, self.keys.schedule, self.keys.warmup)
+                try:
+                    done = self.train_step(batches, step, self.steps, factor)
+                except NonFinite as error:
+                    raise NonFinite(
+                        f"{error}; {self._last_save()}. A lower train.lr or a longer train.warmup helps most often"
+                    ) from error
+                seconds = time.perf_counter() - tick
+                result.steps, result.tokens = step, result.tokens + done.tokens
+                result.losses.append(done.loss)
+                result.seconds = time.perf_counter() - started
+                if step % self.keys.log_every == 0 or step == self.steps:
+                    row = {
+                        "loss": done.loss,
+                        "lr": self.keys.lr * factor,
+                        "grad_norm": done.grad_norm,
+                        "tokens": result.tokens,
+                    }
+                    self._log(
+                        step,
+                        row
+                        | {"trained": done.trained, "tokens_per_s": done.tokens / seconds, "seconds": result.seconds},
+                    )
+                recent = result.losses[-20:]
+                advance(1, f"loss {sum(recent) / len(recent):.3f}  {result.tokens / result.seconds:.0f} tok/s")
+                if interrupted():
+                    result.interrupted = True
+                    return
+                if step < self.steps and step % save_every == 0:
+                    self._save(step)
+                if step < self.steps and self.keys.eval_every and step % self.keys.eval_every == 0:
+                    self._evaluate(step, f"step {step}")
+
+    def _evaluate(self, step: int, label: str) -> EvalResult:
+        with self.screen.bar("evaluating", len(self.held_out)) as advance:
+            result = evaluate(self.model, self.held_out, micro_batch=self.keys.micro_batch, advance=advance)
+        self._log(step, result.to_dict())
+        self.screen.line(f"eval  {label}: {result}")
+        return result
+
+    def _save(self, step: int) -> None:
+        self.save(step)
+        self.saved = step
+
+    def _last_save(self) -> str:
+        if self.saved is None:
+            return "nothing was saved yet"
+        return f"{self.folder / 'adapter.safetensors'} holds the adapter of step {self.saved}"
+
+    def _log(self, step: int, row: dict[str, Any]) -> None:
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+
+
+def steps_of(keys: TrainKeys, examples: int) -> int:
+    """Optimizer steps of a run over `examples` examples."""
+    if keys.steps is not None:
+        return keys.steps
+    micro_batches = math.ceil(examples / keys.micro_batch)
+    return max(1, math.ceil((keys.epochs or 1.0) * micro_batches / keys.accumulate))
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C sets a flag that the loop reads between steps, so that no step is left half done; a second Ctrl-C stops
+    at once."""
+    pressed = False
+
+    def handler(signum: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        print("\nstopping after this step and saving; Ctrl-C again stops at once", file=sys.stderr)
+
+    try:
+        previous = signal.signal(signal.SIGINT, handler)
+    except ValueError:  # not in the main thread: the program that runs us handles its own signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def train(
+    recipe: Recipe, *, screen: Screen | None = None, overwrite: bool = False, start_from: Path | None = None
+) -> TrainResult:
+    """Run a recipe from nothing to a run folder.
+
+    overwrite: replace a run that lies in the output folder. start_from: a run whose adapter gives the first values
+    (its optimizer state is not kept). Raises QtuneError; what was saved stays.
+    """
+    refuse_ranks()
+    screen = screen or Screen(quiet=True)
+    if recipe.output is None or recipe.data.train is None:
+        raise QtuneError("a recipe to train needs `output` and `data.train`")
+    folder = Path(recipe.output).expanduser()
+    _claim(folder, overwrite)
+    screen.title("Load")
+    model, tokenizer = load_base(recipe, screen)
+    screen.title("Data")
+    examples = _examples(recipe, recipe.data.train, tokenizer, screen)
+    held_out = _examples(recipe, recipe.data.eval, tokenizer, screen) if recipe.data.eval else []
+    screen.line("first example, what is trained marked:")
+    screen.line(show_example(examples[0], tokenizer, colour=screen.console.is_terminal))
+    language = LanguageModel(model)
+    language.check()
+    torch.manual_seed(recipe.train.seed)
+    sites = (
+        adapt(model, recipe.adapter, seed=recipe.train.seed) if start_from is None else load_adapter(model, start_from)
+    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    screen.title("Train")
+    screen.line(f"adapter  {recipe.adapter.method} on {len(sites)} layers, {trained:,} trained parameters")
+
+    def save(step: int) -> None:
+        save_adapter(
+            model,
+            recipe.adapter,
+            folder,
+            {"model": recipe.model, "scheme": recipe.scheme.to_dict(), "dtype": recipe.dtype, "step": step},
+        )
+
+    write_text(folder / RECIPE, recipe.to_yaml())
+    (folder / METRICS).unlink(missing_ok=True)
+    trainer = Trainer(language, examples, held_out, recipe.train, folder=folder, screen=screen, save=save)
+    screen.line(
+        f"{trainer.steps} steps of {recipe.train.accumulate} x {recipe.train.micro_batch} examples, "
+        f"peak lr {recipe.train.lr:g}"
+    )
+    result = trainer.run()
+    screen.line(
+        f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s; "
+        f"peak memory {size(peak_memory(trainer.device))}"
+    )
+    return result
+
+
+def _examples(recipe: Recipe, path: str, tokenizer: Any, screen: Screen) -> list[Example]:
+    keys = recipe.data
+    examples, report = load_data(
+        path, tokenizer, max_length=keys.max_length, loss_on=keys.loss_on, template=keys.template
+    )
+    screen.line(str(report))
+    return examples
+
+
+def _claim(folder: Path, overwrite: bool) -> None:
+    """Make the output folder, write something to it, and refuse to train over another run."""
+    if (folder / "adapter.safetensors").exists() and not overwrite:
+        raise QtuneError(
+            f"{folder} already holds a trained adapter; choose another folder with output=..., "
+            "or give --overwrite to replace it"
+        )
+    write_text(folder / ".writable", "")
+    (folder / ".writable").unlink()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on a GPU, resident of the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

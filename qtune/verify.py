@@ -1,0 +1,176 @@
+"""Does a written checkpoint compute what was trained? Two independent checks, bounded by the rounding of its dtype.
+
+1. Each adapted layer as it lies in the file, against the adapter's own forward over the packed base, on random x.
+   Rounding moves a weight by at most eps/2 of itself, so for x of unit variance row i of the output moves by at most
+   about eps/2 ||W_i||: that is the bound, and a small delta that was lost or applied twice shows here.
+2. The checkpoint as transformers loads it: logits on real prompts against base + adapter in fp32, which catches names,
+   transposes, ties and config. The model's own precision already moves its logits (measured in the same call);
+   rounding the weights may move them as much again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .adapters import Adapted, adapted_sites
+from .errors import QtuneError
+
+PROBES = 16  # random vectors that each written layer is checked with
+LOGIT_SLACK = 4.0  # times what the model's own precision moves its logits; rounded weights move them about as much
+FP32_SLACK = (
+    1000 * torch.finfo(torch.float32).eps
+)  # of the largest logit: fp32 sums in another order, through all layers
+FILLER = 1e-5  # relative error of one fp32 product summed in another order
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared and what came out.
+
+    layer_error: largest error of a written layer, as a fraction of its bound. logit_error: largest difference of a
+    logit; logit_bound: what rounding allows. kl_mean, kl_max: KL(trained || written) per position, in nats. same_top:
+    share of positions where both have the same likeliest token.
+    """
+
+    layers: int
+    layer_error: float
+    worst_layer: str
+    prompts: int
+    positions: int
+    logit_error: float
+    logit_bound: float
+    kl_mean: float
+    kl_max: float
+    same_top: float
+
+    @property
+    def passed(self) -> bool:
+        """False also for NaN."""
+        return self.layer_error <= 1.0 and self.logit_error <= self.logit_bound
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        layers = f"{self.layers} written layers against the adapter's forward: largest error {self.layer_error:.2f}"
+        logits = f"{self.positions} positions of {self.prompts} prompts: largest difference {self.logit_error:.3g}"
+        return [
+            f"layers   {layers} of what rounding allows ({self.worst_layer})",
+            f"logits   {logits}, rounding allows {self.logit_bound:.3g}",
+            f"         KL(trained || written) mean {self.kl_mean:.2e}, largest {self.kl_max:.2e} nats; "
+            f"same first choice at {self.same_top:.1%}",
+            f"verdict  {'computes what was trained' if self.passed else 'DOES NOT COMPUTE WHAT WAS TRAINED'}",
+        ]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Logits of base + adapter in fp32 on some prompts, and how far the model's own precision moves them (`wander`,
+    at `eps`)."""
+
+    prompts: list[list[int]]
+    logits: list[Tensor]
+    wander: float
+    eps: float
+
+    @classmethod
+    def of(cls, model: Any, prompts: list[list[int]]) -> Reference:
+        """Runs the prompts in the model's precision and in fp32; what is not packed stays in fp32 afterwards."""
+        eps = torch.finfo(next(p.dtype for p in model.parameters() if p.is_floating_point())).eps
+        native, exact = logits_of(model, prompts), logits_of(model.float(), prompts)
+        return cls(prompts, exact, max(_distance(a, b) for a, b in zip(native, exact, strict=True)), eps)
+
+    def kl(self, others: Sequence[Tensor]) -> Tensor:
+        """KL(self || other) per position, nats."""
+        pairs = zip(self.logits, others, strict=True)
+        return torch.cat([_kl(own, other) for own, other in pairs])
+
+
+def verify(model: nn.Module, folder: Path, dtype: torch.dtype, reference: Reference) -> Verification:
+    """Compare the checkpoint in `folder`, written in `dtype`, with the adapted `model` that it was merged from."""
+    layer_error, worst = check_layers(adapted_sites(model), folder, dtype)
+    written = logits_of(_load(folder, dtype), reference.prompts)
+    kl = reference.kl(written)
+    pairs = list(zip(reference.logits, written, strict=True))
+    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).float() for a, b in pairs])
+    largest = max(float(a.abs().max()) for a in reference.logits)
+    return Verification(
+        layers=len(adapted_sites(model)),
+        layer_error=layer_error,
+        worst_layer=worst,
+        prompts=len(pairs),
+        positions=len(kl),
+        logit_error=max(_distance(a, b) for a, b in pairs),
+        logit_bound=LOGIT_SLACK * reference.wander * torch.finfo(dtype).eps / reference.eps + FP32_SLACK * largest,
+        kl_mean=float(kl.mean()),
+        kl_max=float(kl.max()),
+        same_top=float(same.mean()),
+    )
+
+
+@torch.no_grad()
+def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """fp32 logits [tokens, vocabulary] on the CPU, a prompt at a time."""
+    device = next(model.parameters()).device
+    model.eval()
+    rows = [torch.tensor([list(prompt)], device=device) for prompt in prompts]
+    return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in rows]
+
+
+@torch.no_grad()
+def check_layers(sites: dict[str, Adapted], folder: Path, dtype: torch.dtype) -> tuple[float, str]:
+    """Largest error of a written layer as a fraction of its bound, and which layer; NaN wins."""
+    handles = [safe_open(str(path), framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    file_of = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    generator = torch.Generator().manual_seed(0)
+    worst, where = 0.0, next(iter(sites), "")
+    for name, site in sites.items():
+        weight = file_of[f"{name}.weight"].get_tensor(f"{name}.weight").float()
+        bias = None if site.base.bias is None else file_of[f"{name}.bias"].get_tensor(f"{name}.bias").float()
+        x = torch.randn(PROBES, site.base.in_features, generator=generator)
+        error = _layer_error(site, weight.T if site.base.conv1d else weight, bias, x, dtype)
+        if not error <= worst:
+            worst, where = error, name
+    return worst, where
+
+
+def _layer_error(site: Adapted, weight: Tensor, bias: Tensor | None, x: Tensor, dtype: torch.dtype) -> float:
+    """Root mean square error over outputs, as a fraction of the bound. weight [out, in], bias [out], x [probes, in],
+    all fp32."""
+    want = site(x.to(site.base.packed.device)).cpu()
+    half = torch.finfo(dtype).eps / 2
+    bound = half * _rms(weight.norm(dim=1)) + FILLER * _rms(want) + torch.finfo(dtype).tiny * half * x.shape[1]
+    bound += 0.0 if bias is None else half * _rms(bias)
+    return _rms(F.linear(x, weight, bias) - want) / bound
+
+
+def _rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    terms = F.kl_div(F.log_softmax(q, -1), F.log_softmax(p, -1), log_target=True, reduction="none")
+    return terms.sum(-1).clamp(min=0)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    """The checkpoint through transformers, as its user will load it. Raises QtuneError for any key that does not
+    fit."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    faults = [f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])))}" for kind in kinds if info[kind]]
+    if faults:
+        raise QtuneError(f"transformers does not load {folder} as written: {'; '.join(faults)}")
+    return model

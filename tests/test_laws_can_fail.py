@@ -1,0 +1,206 @@
+"""Adapters that break one law each: a law that lets its breaker pass would be worthless."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_laws import (
+    LAWS,
+    Case,
+    base_is_untouched_by_training,
+    casting_leaves_the_packed_weight,
+    checkpointing_gives_the_same_bits,
+    compiles_to_the_same,
+    gradient_is_the_true_one,
+    keeps_dtype_and_shape,
+    keeps_no_dense_tensor,
+    learns,
+    merge_equals_forward,
+    mergeable_tells_the_truth,
+    meta_bytes_equal_real_bytes,
+    only_the_adapter_gets_gradients,
+    saves_and_loads_bit_exactly,
+    starts_as_identity,
+    switched_off_is_the_base,
+    wrong_options_are_named_with_the_legal_ones,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qtune.adapters import METHODS, Adapter
+from qtune.adapters.hira import HiRA
+from qtune.adapters.lora import LoRA
+from qtune.quant import QuantLinear
+
+
+class Off(LoRA):
+    def reset(self, base: QuantLinear, source: Any = None) -> None:
+        super().reset(base, source)
+        nn.init.constant_(self.B, 1e-4)
+
+
+class MergesTwice(LoRA):
+    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
+        weight, bias = super().merged(base)
+        return 2 * weight - base.dequantize(), bias
+
+
+class MergesNoBias(LoRA):
+    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
+        return super().merged(base)[0], None
+
+
+class Bends(LoRA):
+    def update(self, x: Tensor) -> Tensor:
+        return torch.tanh(super().update(x))
+
+
+class ClaimsToBend(LoRA):
+    mergeable = False
+
+
+class LearnsHalf(LoRA):
+    def update(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.A), self.B.detach())
+
+
+class TrainsTheBase(LoRA):
+    def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
+        base.packed.data[5] ^= 1
+        return super().forward(x, base)
+
+
+class Forgets(LoRA):
+    def reset(self, base: QuantLinear, source: Any = None) -> None:
+        super().reset(base, source)
+        self.scale = 0.5
+
+
+class Widens(LoRA):
+    def update(self, x: Tensor) -> Tensor:
+        return super().update(x).float()
+
+
+class Flattens(LoRA):
+    def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
+        y = super().forward(x, base)
+        return y.flatten(0, -2) if y.ndim > 2 else y
+
+
+class Keeps(HiRA):
+    def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
+        return base(x) + F.linear(x, base.dequantize(x.dtype) * (self.B @ self.A))
+
+
+class Hoards(LoRA):
+    def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
+        self.hoard = base.dequantize(torch.bfloat16)
+        return super().forward(x, base)
+
+
+class Counts(LoRA):
+    calls = 0
+
+    def update(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().update(x) * self.calls
+
+
+class KnowsTheCompiler(LoRA):
+    def update(self, x: Tensor) -> Tensor:
+        return super().update(x) * (2 if torch.compiler.is_compiling() else 1)
+
+
+class SparesOnMeta(LoRA):
+    def update(self, x: Tensor) -> Tensor:
+        u = super().update(x)
+        return u if x.is_meta else u.exp().log1p()
+
+
+class TakesAnyRank(LoRA):
+    @classmethod
+    def check(cls, options: Any) -> list[str]:
+        return []
+
+
+class Climbs(LoRA):
+    def update(self, x: Tensor) -> Tensor:
+        u = super().update(x)
+        return 2 * u.detach() - u
+
+
+class Corrodes(LoRA):
+    def reset(self, base: QuantLinear, source: Any = None) -> None:
+        super().reset(base, source)
+        self.held = [base]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.held[0].packed.data[0] ^= 1
+        return super()._apply(fn, recurse)
+
+
+class Repacks(LoRA):
+    def reset(self, base: QuantLinear, source: Any = None) -> None:
+        super().reset(base, source)
+        base.set_weight(base.dequantize() * 1.5)
+
+
+class StraightThrough(LoRA):
+    def update(self, x: Tensor) -> Tensor:
+        u = super().update(x)
+        return 2 * u - u.detach()
+
+
+class StopsAtB(LoRA):
+    def update(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.A), 2 * self.B - self.B.detach())
+
+
+class ClaimsToStop(LoRA):
+    exact_gradient = False
+
+
+METHODS.pop(ClaimsToStop.method)  # they all registered under this module's name
+BREAKS = [
+    (starts_as_identity, Off),
+    (merge_equals_forward, MergesTwice),
+    (merge_equals_forward, MergesNoBias),
+    (merge_equals_forward, Bends),
+    (mergeable_tells_the_truth, Bends),
+    (mergeable_tells_the_truth, ClaimsToBend),
+    (only_the_adapter_gets_gradients, LearnsHalf),
+    (base_is_untouched_by_training, TrainsTheBase),
+    (saves_and_loads_bit_exactly, Forgets),
+    (keeps_dtype_and_shape, Widens),
+    (keeps_dtype_and_shape, Flattens),
+    (keeps_no_dense_tensor, Keeps),
+    (keeps_no_dense_tensor, Hoards),
+    (checkpointing_gives_the_same_bits, Counts),
+    (compiles_to_the_same, KnowsTheCompiler),
+    (meta_bytes_equal_real_bytes, SparesOnMeta),
+    (wrong_options_are_named_with_the_legal_ones, TakesAnyRank),
+    (learns, Climbs),
+    (casting_leaves_the_packed_weight, Corrodes),
+    (switched_off_is_the_base, Repacks),
+    (gradient_is_the_true_one, StraightThrough),
+    (gradient_is_the_true_one, StopsAtB),
+    (gradient_is_the_true_one, ClaimsToStop),
+]
+
+
+@pytest.mark.parametrize(("law", "broken"), BREAKS, ids=lambda value: value.__name__)
+def test_law_can_fail(
+    law: Callable[[Case], None], broken: type[Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "broken", broken)
+    with pytest.raises((AssertionError, pytest.fail.Exception)) as error:
+        law(Case("broken", "dense", tmp_path))
+    print(f"{law.__name__}: {error.value}")
+
+
+def test_every_law_can_fail() -> None:
+    assert {law.__name__ for law, _ in BREAKS} == set(LAWS)
