@@ -1,8 +1,10 @@
-"""Peak memory and time of loading a 1B-shaped checkpoint, against qtune's bound and against transformers + bitsandbytes.
+"""Peak memory and time of loading a 1B-shaped checkpoint, against qtune's bound and against transformers +
+bitsandbytes.
 
     python benchmarks/load.py            writes benchmarks/results/load.json and prints the table
-Bound: what the loaded model holds plus two of its largest tensors (the 128,256 x 2,048 embedding in bf16). Anonymous memory only, above the
-process with all libraries imported: pages of the mapped checkpoint are the system's to drop. Weights are random, as Llama-3.2-1B is shaped.
+Bound: what the loaded model holds plus two of its largest tensors (the 128,256 x 2,048 embedding in bf16). Anonymous
+memory only, above the process with all libraries imported: pages of the mapped checkpoint are the system's to drop.
+Weights are random, as Llama-3.2-1B is shaped.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
 SHAPE = {
-    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True, "max_position_embeddings": 131072,
 }  # fmt: skip
 LOADERS = {
@@ -51,7 +54,11 @@ def make_checkpoint(folder: Path, layers: int) -> int:
         return lambda: torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0.0, 0.02)
 
     torch.manual_seed(0)
-    write(folder, [Entry(name, torch.bfloat16, shape, random(name)) for name, shape in shapes.items()], limit=1_000_000_000)
+    write(
+        folder,
+        [Entry(name, torch.bfloat16, shape, random(name)) for name, shape in shapes.items()],
+        limit=1_000_000_000,
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     return max(2 * tensor.numel() for tensor in state.values())
@@ -76,9 +83,14 @@ def child(loader: str, folder: str) -> dict[str, Any]:
 
     def bitsandbytes_nf4() -> Any:
         asked = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=asked, dtype=torch.bfloat16, device_map="cpu")
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=asked, dtype=torch.bfloat16, device_map="cpu"
+        )
 
     load = {
         "qtune nf4 double": lambda: qtune.model.load(folder, NF4()),
@@ -118,12 +130,16 @@ def table(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    made = Table(title=f"Loading {results['parameters'] / 1e9:.2f} B parameters from bf16 ({results['hardware']['cpu']}, {results['hardware']['threads']} threads)")
+    made = Table(
+        title=f"Loading {results['parameters'] / 1e9:.2f} B parameters from bf16 "
+        f"({results['hardware']['cpu']}, {results['hardware']['threads']} threads)"
+    )
     for column in ("loader", "model, MB", "bound, MB", "peak anonymous, MB", "of the bound", "after, MB", "seconds"):
         made.add_column(column, justify="left" if column == "loader" else "right")
     for row in results["rows"]:
         made.add_row(
-            LOADERS[row["loader"]], f"{row['held'] / 1e6:,.0f}", f"{row['bound'] / 1e6:,.0f}", f"{row['peak'] / 1e6:,.0f}",
+            LOADERS[row["loader"]], f"{row['held'] / 1e6:,.0f}", f"{row['bound'] / 1e6:,.0f}",
+            f"{row['peak'] / 1e6:,.0f}",
             f"{row['peak'] / row['bound']:.0%}", f"{row['after'] / 1e6:,.0f}", f"{row['seconds']:.1f}",
         )  # fmt: skip
     Console().print(made)
@@ -134,12 +150,19 @@ def hardware() -> dict[str, Any]:
     with open("/proc/cpuinfo") as file:
         cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)), "memory": memory}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        "memory": memory,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=16, help="fewer for a quick look; only 16 is written to the results")
+    parser.add_argument(
+        "--layers", type=int, default=16, help="fewer for a quick look; only 16 is written to the results"
+    )
     parser.add_argument("--child", nargs=2, metavar=("LOADER", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -147,18 +170,26 @@ def main() -> None:
         return
     if not Path("/proc/self/status").exists():
         raise SystemExit("this benchmark reads /proc/self/status, so it runs on Linux only")
+    environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         largest = make_checkpoint(Path(folder), options.layers)
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         for loader in LOADERS:
             print(f"{LOADERS[loader]} ...", file=sys.stderr, flush=True)
-            done = subprocess.run([sys.executable, __file__, "--child", loader, folder], stdout=subprocess.PIPE, check=True, text=True)
+            done = subprocess.run(
+                [sys.executable, __file__, "--child", loader, folder],
+                stdout=subprocess.PIPE,
+                check=True,
+                text=True,
+                env=environment,
+            )
             row = json.loads(done.stdout.splitlines()[-1])
             rows.append(row | {"bound": row["held"] + 2 * largest})
     libraries = ("torch", "transformers", "bitsandbytes", "safetensors")
     results = {
-        "command": "python benchmarks/load.py", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "hardware": hardware(),
+        "command": "python benchmarks/load.py", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "hardware": hardware(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
         "checkpoint_bytes": size, "parameters": size // 2, "largest_tensor_bytes": largest, "rows": rows,
     }  # fmt: skip

@@ -3,7 +3,7 @@
 A kernel module lives under kernels/<device type>/ and holds `KERNELS` (op name -> function with the op's own
 arguments), `why_not()` (None, or why none of them can run here), `features()` and `reset()`. It is imported at the
 first question, and only then may it compile. The environment variable QTUNE_KERNELS chooses: `auto` (a kernel if one
-runs here, else the torch reference), `reference` (never a kernel), `require` (a missing kernel is an error). Left
+runs here, else the torch reference), `reference` (never a kernel), `require` (a kernel that cannot run is an error). Left
 out: several kernels of one op.
 """
 
@@ -34,31 +34,31 @@ def mode() -> str:
     return given
 
 
-def _find(name: str, device_type: str) -> tuple[Callable[..., Any] | None, str]:
-    """The kernel of an op, or None, and why."""
+def _find(name: str, device_type: str) -> tuple[Callable[..., Any] | None, str, bool]:
+    """The kernel of an op, or None; why; and whether one is written."""
     for module in MODULES.get(device_type, ()):
         found = import_module(f"qtune.kernels.{device_type}.{module}")
         if name in found.KERNELS:
             why = found.why_not()
-            return (None, why) if why else (found.KERNELS[name], f"kernels/{device_type}/{module}.py")
-    return None, ABSENT.get(device_type, f"no {device_type} kernel of this op is written")
+            return (None, why, True) if why else (found.KERNELS[name], f"kernels/{device_type}/{module}.py", True)
+    return None, ABSENT.get(device_type, f"no {device_type} kernel of this op is written"), False
 
 
 def kernel(name: str, device_type: str) -> Callable[..., Any] | None:
     """The function that serves op `name` in place of its reference on this device type, or None; decided once.
 
-    Raises QtuneError for a wrong QTUNE_KERNELS, and under `require` for an op without a running kernel. Tensors on meta
-    and on devices that qtune writes no kernels for, are the references' business in every mode.
+    Raises QtuneError for a wrong QTUNE_KERNELS, and under `require` where a kernel is written but cannot run. Ops and
+    devices that no kernel is written for are the references' business in every mode.
     """
     key = (name, device_type)
     if key in _decided:  # without the lock: this is asked for every op call
         return _decided[key]
     with _lock:
         if key not in _decided:
-            wanted, found, why = mode(), None, ""
-            if wanted != "reference" and device_type in MODULES:
-                found, why = _find(name, device_type)
-            if wanted == "require" and found is None and device_type in MODULES:
+            wanted, found, why, written = mode(), None, "", False
+            if wanted != "reference":
+                found, why, written = _find(name, device_type)
+            if wanted == "require" and found is None and written:
                 raise QtuneError(
                     f"QTUNE_KERNELS=require, but no kernel serves op {name!r} on {device_type}: {why}. "
                     "With QTUNE_KERNELS=auto the torch reference serves it."
@@ -70,13 +70,15 @@ def kernel(name: str, device_type: str) -> Callable[..., Any] | None:
 def report(names: Iterable[str]) -> list[dict[str, str]]:
     """Rows {op, device, provider, why} for every device type that qtune writes kernels for.
 
-    provider: `kernel`, `reference`, or `none` where QTUNE_KERNELS=require finds no kernel.
+    provider: `kernel`, `reference`, or `none` where QTUNE_KERNELS=require and the kernel cannot run.
     """
     wanted, rows = mode(), []
     for device in DEVICES:
         for name in names:
-            found, why = (None, "QTUNE_KERNELS=reference") if wanted == "reference" else _find(name, device)
-            provider = "kernel" if found else "none" if wanted == "require" else "reference"
+            found, why, written = (
+                (None, "QTUNE_KERNELS=reference", False) if wanted == "reference" else _find(name, device)
+            )
+            provider = "kernel" if found else "none" if wanted == "require" and written else "reference"
             rows.append({"op": name, "device": device, "provider": provider, "why": why})
     return rows
 

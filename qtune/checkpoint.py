@@ -1,7 +1,8 @@
-"""Files of tensors: safetensors folders read tensor by tensor through the memory map, and written shard by shard without a second copy.
+"""Files of tensors: safetensors folders read tensor by tensor through the memory map, and written shard by shard
+without a second copy.
 
-A Piece is what a loader fills at once: the model's names it gives, and how to read them. Reading costs no anonymous memory until a
-piece is read. Left out: pickle files (`.bin`, `.pt`), which can run code and are refused by the caller.
+A Piece is what a loader fills at once: the model's names it gives, and how to read them. Reading costs no anonymous
+memory until a piece is read. Left out: pickle files (`.bin`, `.pt`), which can run code and are refused by the caller.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from .safe_io import replacing, write_json
 SHARD_BYTES = 5_000_000_000
 HEADER_LIMIT = 100_000_000  # the format's own limit
 DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -43,8 +44,9 @@ class Stored:
 class Piece:
     """Tensors of the model that are filled together.
 
-    targets: name in the model -> shape in the file. read: those names -> tensors, or with `scheme` the parts of the one packed target.
-    rows: the same single target as blocks of rows, for a table that is too large to hold in fp32. source: the names in the file.
+    targets: name in the model -> shape in the file. read: those names -> tensors, or with `scheme` the parts of the one
+    packed target. rows: the same single target as blocks of rows, for a table that is too large to hold in fp32.
+    source: the names in the file.
     """
 
     source: str
@@ -77,7 +79,8 @@ def faults_error(what: str, faults: Sequence[str]) -> QtuneError:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Names, dtypes and shapes of a safetensors file. Raises QtuneError where the header is insane or the file is cut off."""
+    """Names, dtypes and shapes of a safetensors file. Raises QtuneError where the header is insane or the file is cut
+    off."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -139,7 +142,8 @@ def _leaves(name: str) -> bool:
 
 
 class Safetensors:
-    """The tensors of a folder, `<stem>.safetensors` or shards with an index. Nothing is read before `read`; all faults in one error."""
+    """The tensors of a folder, `<stem>.safetensors` or shards with an index. Nothing is read before `read`; all faults
+    in one error."""
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
         files, faults = shard_files(folder, stem)

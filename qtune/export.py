@@ -30,7 +30,7 @@ from .quant.scheme import DTYPES
 from .runs import Run, load_with_bar
 from .safe_io import write_json, write_text
 from .screen import Screen
-from .verify import Reference, Verification, logits_of, verify
+from .verify import Reference, Verification, in_dtype, logits_of, verify
 
 KEEP_BASE = ("trained", "original")
 PROMPTS, PROMPT_TOKENS = 4, 64
@@ -74,7 +74,7 @@ def merge(
 
     keep_base: `trained` merges onto the dequantized base that was trained on; `original` onto the weights before
     quantization, which is another function (its KL from the trained one is reported). Raises QtuneError where
-    verification fails; the files stay in `<out>.unverified`. The run's model is left in fp32.
+    verification fails; the files stay in `<out>.unverified`.
     """
     screen = screen or Screen(quiet=True)
     choices = (("dtype", dtype, DTYPES), ("--keep-base", keep_base, KEEP_BASE))
@@ -84,13 +84,14 @@ def merge(
     partial_out = _claim(out, overwrite)
     prompts, model, trained = prompts_of(run), run.model, None
     if keep_base == "original":
-        trained = logits_of(model.float(), prompts)
+        with in_dtype(model, torch.float32):
+            trained = logits_of(model, prompts)
         model = _on_original(run, dtype, screen)
-    reference = Reference.of(model, prompts)
+    reference = Reference.of(model, prompts, DTYPES[dtype])
     nbytes = write_merged(model, partial_out, DTYPES[dtype], screen)
     _write_companions(run, model, partial_out, dtype)
     verification = verify(model, partial_out, DTYPES[dtype], reference)
-    base_kl = None if trained is None else float(Reference(prompts, trained, 0, 0).kl(reference.logits).mean())
+    base_kl = None if trained is None else float(Reference(prompts, trained, 0.0).kl(reference.logits).mean())
     report = MergeReport(out, dtype, keep_base, nbytes, verification, base_kl)
     write_text(partial_out / "README.md", _model_card(run, report))
     if not verification.passed:

@@ -1,7 +1,9 @@
-"""GGUF files read tensor by tensor: the header (names, shapes, where each tensor lies) and dequantization in blocks of rows, to fp32.
+"""GGUF files read tensor by tensor: the header (names, shapes, where each tensor lies) and dequantization in blocks of
+rows, to fp32.
 
-Format: github.com/ggml-org/ggml, docs/gguf.md, versions 2 and 3, little-endian. The numbers come from the package `gguf`; its reader is not
-used, as it builds Python objects for every token of the vocabulary (seconds and 150 MB at 49k tokens). Left out: writing.
+Format: github.com/ggml-org/ggml, docs/gguf.md, versions 2 and 3, little-endian. The numbers come from the package
+`gguf`; its reader is not used, as it builds Python objects for every token of the vocabulary (seconds and 150 MB at 49k
+tokens). Left out: writing.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def _scalar(kind: int) -> str:
 
 
 class GGUF:
-    """The header of a GGUF file and its tensors. Raises QtuneError where the file is cut off, damaged, or of a type nobody can read."""
+    """The header of a GGUF file and its tensors. Raises QtuneError where the file is cut off, damaged, or of a type
+    nobody can read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -168,7 +171,8 @@ class GGUF:
         return out.view(shape)
 
     def write_header(self, path: Path) -> None:
-        """Write a small GGUF with the same keys and tensor names, but without the vocabulary and the weights: enough to read the config."""
+        """Write a small GGUF with the same keys and tensor names, but without the vocabulary and the weights: enough to
+        read the config."""
         kept = {k: span for k, span in self._spans.items() if k not in {f"tokenizer.ggml.{x}" for x in VOCABULARY}}
         keys = [self._data[start:end] for start, end in kept.values()]
         size = f"{self.architecture}.vocab_size"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,9 +24,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise QtuneError(f"cannot write {path}: {error.strerror or error}; the previous file, if any, is untouched") from error
+        raise QtuneError(
+            f"cannot write {path}: {error.strerror or error}; the previous file, if any, is untouched"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it was renamed, or never made
+            partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

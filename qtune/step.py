@@ -72,6 +72,16 @@ class LanguageModel:
             hidden, batch.labels, self.head, self.config.get_text_config().vocab_size, self.transform
         )
 
+    def checkpointing(self, enabled: bool) -> None:
+        """Recompute each layer in the backward pass, or not; takes effect in training mode."""
+        model = self.model
+        if enabled:  # renamed in transformers 5.2x; the older name warns there
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        else:
+            disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+            disable()
+
     @torch.no_grad()
     def check(self) -> None:
         """Raises QtuneError where body, head and transform do not give the model's own logits: an architecture that

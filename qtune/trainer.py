@@ -91,13 +91,13 @@ class Trainer:
         if self.held_out and self.keys.eval_at_start:
             result.before = self._evaluate(0, "before training")
         if self.keys.checkpointing:
-            self.model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.checkpointing(True)
         self.model.model.train()
         try:
             self._loop(result)
         finally:
             if self.keys.checkpointing:
-                self.model.model.gradient_checkpointing_disable()
+                self.model.checkpointing(False)
             self.model.model.eval()
         self._save(result.steps)
         if self.held_out and not result.interrupted:

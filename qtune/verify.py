@@ -4,13 +4,14 @@
    Rounding moves a weight by at most eps/2 of itself, so for x of unit variance row i of the output moves by at most
    about eps/2 ||W_i||: that is the bound, and a small delta that was lost or applied twice shows here.
 2. The checkpoint as transformers loads it: logits on real prompts against base + adapter in fp32, which catches names,
-   transposes, ties and config. The model's own precision already moves its logits (measured in the same call);
-   rounding the weights may move them as much again.
+   transposes, ties and config. Computing in the output dtype already moves the logits of base + adapter (measured in
+   the same call); rounding the weights may move them about as much again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from torch.nn import functional as F
 
 from .adapters import Adapted, adapted_sites
 from .errors import QtuneError
+from .quant import QuantEmbedding
 
 PROBES = 16  # random vectors that each written layer is checked with
-LOGIT_SLACK = 4.0  # times what the model's own precision moves its logits; rounded weights move them about as much
+LOGIT_SLACK = 4.0  # times what computing in the dtype moves the logits; rounded weights move them about as much
 FP32_SLACK = (
     1000 * torch.finfo(torch.float32).eps
 )  # of the largest logit: fp32 sums in another order, through all layers
@@ -53,8 +55,8 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """False also for NaN."""
-        return self.layer_error <= 1.0 and self.logit_error <= self.logit_bound
+        """False also where something is NaN or infinite."""
+        return self.layer_error <= 1.0 and self.logit_error <= self.logit_bound < float("inf")
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -71,20 +73,20 @@ class Verification:
 
 @dataclass(frozen=True)
 class Reference:
-    """Logits of base + adapter in fp32 on some prompts, and how far the model's own precision moves them (`wander`,
-    at `eps`)."""
+    """Logits of base + adapter in fp32 on some prompts; `wander`: how far computing in the output dtype moves them."""
 
     prompts: list[list[int]]
     logits: list[Tensor]
     wander: float
-    eps: float
 
     @classmethod
-    def of(cls, model: Any, prompts: list[list[int]]) -> Reference:
-        """Runs the prompts in the model's precision and in fp32; what is not packed stays in fp32 afterwards."""
-        eps = torch.finfo(next(p.dtype for p in model.parameters() if p.is_floating_point())).eps
-        native, exact = logits_of(model, prompts), logits_of(model.float(), prompts)
-        return cls(prompts, exact, max(_distance(a, b) for a, b in zip(native, exact, strict=True)), eps)
+    def of(cls, model: Any, prompts: list[list[int]], dtype: torch.dtype) -> Reference:
+        """Runs the prompts in fp32 and in `dtype`; the model is afterwards as it was."""
+        with in_dtype(model, dtype):
+            rounded = logits_of(model, prompts)
+        with in_dtype(model, torch.float32):
+            exact = logits_of(model, prompts)
+        return cls(prompts, exact, max(_distance(a, b) for a, b in zip(rounded, exact, strict=True)))
 
     def kl(self, others: Sequence[Tensor]) -> Tensor:
         """KL(self || other) per position, nats."""
@@ -107,11 +109,30 @@ def verify(model: nn.Module, folder: Path, dtype: torch.dtype, reference: Refere
         prompts=len(pairs),
         positions=len(kl),
         logit_error=max(_distance(a, b) for a, b in pairs),
-        logit_bound=LOGIT_SLACK * reference.wander * torch.finfo(dtype).eps / reference.eps + FP32_SLACK * largest,
+        logit_bound=LOGIT_SLACK * reference.wander + FP32_SLACK * largest,
         kl_mean=float(kl.mean()),
         kl_max=float(kl.max()),
         same_top=float(same.mean()),
     )
+
+
+@contextmanager
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The model computing in `dtype` for the moment: all that is not packed is cast, and put back bit for bit after."""
+    tensors = [p for p in model.parameters() if p.is_floating_point()]
+    tables = [m for m in model.modules() if isinstance(m, QuantEmbedding)]
+    before = [t.data for t in tensors], [t.dtype for t in tables]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(dtype)
+        for table in tables:
+            table.dtype = dtype
+        yield
+    finally:
+        for tensor, data in zip(tensors, before[0], strict=True):
+            tensor.data = data
+        for table, own in zip(tables, before[1], strict=True):
+            table.dtype = own
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""Files: safetensors written here and read by the safetensors library, damaged files, GGUF against the gguf package and transformers."""
+"""Files: safetensors written here and read by the safetensors library, damaged files, GGUF against the gguf package and
+transformers."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import tiny
 from qtune import bnb, checkpoint
 from qtune.checkpoint import Entry, Safetensors, write
 from qtune.errors import QtuneError
@@ -65,9 +66,13 @@ def test_one_tensor_larger_than_a_shard(tmp_path: Path) -> None:
     assert len(write(tmp_path, entries({"a": torch.zeros(100), "b": torch.zeros(1)}), limit=8)) == 2
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../other/x.safetensors", "a/../../x.safetensors", "C:\\x.safetensors", "..\\x"])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../other/x.safetensors", "a/../../x.safetensors", "C:\\x.safetensors", "..\\x"]
+)
 def test_an_index_cannot_leave_the_folder(path: str, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": path, "b": "gone.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": path, "b": "gone.safetensors"}})
+    )
     with pytest.raises(QtuneError, match=r"(?s)outside of the folder.*gone\.safetensors is missing"):
         Safetensors(tmp_path)
 
@@ -114,7 +119,9 @@ def test_damaged_files(how: str, tmp_path: Path) -> None:
 def test_bnb_names_are_bitsandbytes_own(scheme: Any, shape: tuple[int, int]) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    codes, state = functional.quantize_4bit(w, blocksize=scheme.block, compress_statistics=scheme.double, quant_type=scheme.name)
+    codes, state = functional.quantize_4bit(
+        w, blocksize=scheme.block, compress_statistics=scheme.double, quant_type=scheme.name
+    )
     theirs = {f".{k}" if k else "": v for k, v in {"": codes, **state.as_dict(packed=True)}.items()}
     ours = bnb.to_bnb(scheme.pack(w), scheme, shape, torch.bfloat16)
     assert ours.keys() == theirs.keys()
@@ -128,14 +135,16 @@ def test_bnb_names_are_bitsandbytes_own(scheme: Any, shape: tuple[int, int]) -> 
 
 # ---- GGUF ----
 
-LLAMA = {"embedding_length": 64, "feed_forward_length": 96, "block_count": 2, "context_length": 64, "attention.head_count": 4,
+LLAMA = {"embedding_length": 64, "feed_forward_length": 96, "block_count": 2, "context_length": 64,
+         "attention.head_count": 4,
          "attention.head_count_kv": 2, "rope.dimension_count": 16, "vocab_size": tiny.VOCAB}  # fmt: skip
 QTYPES = gguf.GGMLQuantizationType
 ARCHITECTURES: dict[str, tuple[str, dict[str, int]]] = {
     "llama": ("llama", LLAMA),
     "llama-tied": ("llama", LLAMA),
     "qwen2": ("qwen2", LLAMA),
-    "gemma2": ("gemma2", LLAMA | {"attention.key_length": 16, "attention.value_length": 16, "attention.sliding_window": 8}),
+    "gemma2": ("gemma2", LLAMA | {"attention.key_length": 16, "attention.value_length": 16,
+                                   "attention.sliding_window": 8}),
     "gpt2": ("gpt2", {"embedding_length": 64, "feed_forward_length": 256, "block_count": 2, "context_length": 64,
                       "attention.head_count": 4, "vocab_size": tiny.VOCAB}),
     "qwen3-moe": ("qwen3moe", LLAMA | {"attention.key_length": 16, "expert_count": 4, "expert_used_count": 2,
@@ -188,7 +197,9 @@ def _gguf_tensors(names: Any, name: str, array: Any) -> list[tuple[str, Any]]:
     return [(f"{names.get_name(stem)}.{suffix}", array.T.copy() if name.endswith(conv1d) else array)]
 
 
-@pytest.mark.parametrize("kinds", [[QTYPES.F32], [QTYPES.F16, QTYPES.Q8_0, QTYPES.Q4_1, QTYPES.BF16]], ids=["f32", "mixed"])
+@pytest.mark.parametrize(
+    "kinds", [[QTYPES.F32], [QTYPES.F16, QTYPES.Q8_0, QTYPES.Q4_1, QTYPES.BF16]], ids=["f32", "mixed"]
+)
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_gguf_equals_transformers_own_loader(family: str, kinds: list[Any], tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
@@ -233,7 +244,11 @@ def test_gguf_faults_are_all_listed(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, "llama", [QTYPES.F32])
     content = path.read_bytes()
-    path.write_bytes(content.replace(b"blk.1.attn_q.weight", b"blk.7.attn_q.weight").replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_zz.weight"))
+    path.write_bytes(
+        content.replace(b"blk.1.attn_q.weight", b"blk.7.attn_q.weight").replace(
+            b"blk.0.ffn_up.weight", b"blk.0.ffn_zz.weight"
+        )
+    )
     with pytest.raises(QtuneError) as caught:
         load(path, NF4())
     text = str(caught.value)
@@ -301,8 +316,12 @@ def test_peak_memory_is_the_packed_model_and_two_tensors(kind: str, tmp_path: Pa
 
 def _big_gguf(path: Path) -> None:
     original, fields = tiny.FAMILIES["llama"], ARCHITECTURES["llama"]
-    tiny.FAMILIES["llama"] = ("LlamaConfig", original[1] | {"hidden_size": 768, "intermediate_size": 3072, "vocab_size": 8000})
-    ARCHITECTURES["llama"] = ("llama", LLAMA | {"embedding_length": 768, "feed_forward_length": 3072, "vocab_size": 8000,
+    tiny.FAMILIES["llama"] = (
+        "LlamaConfig",
+        original[1] | {"hidden_size": 768, "intermediate_size": 3072, "vocab_size": 8000},
+    )
+    ARCHITECTURES["llama"] = ("llama", LLAMA | {"embedding_length": 768, "feed_forward_length": 3072,
+                                                "vocab_size": 8000,
                                                 "rope.dimension_count": 192})  # fmt: skip
     try:
         write_gguf(path, "llama", [QTYPES.Q8_0])

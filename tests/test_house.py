@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room imports rooms of earlier lines only; the modules of a package are one room.
 ORDER = (
     {"errors"},
-    {"safe_io", "screen", "keys", "yaml_text"},
+    {"safe_io", "screen", "keys", "yaml_text", "tables"},
     {"kernels"},
     {"backend"},
     {"ops"},
@@ -35,7 +35,9 @@ ORDER = (
     {"model", "data", "loss", "optim", "memory"},
     {"runs"},
     {"step"},
-    {"export", "evaluate"},
+    {"evaluate"},
+    {"verify"},
+    {"export"},
     {"planner"},
     {"trainer", "report", "chat", "listing", "doctor"},
     {"demo"},
@@ -45,7 +47,7 @@ ORDER = (
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Libraries that only some rooms may import; elsewhere in qtune/ and kernels/ they are forbidden.
 RESERVED = {
-    "transformers": {"model", "data", "planner", "export", "evaluate"},
+    "transformers": {"model", "data", "planner", "export", "verify", "evaluate"},
     "gguf": {"gguf"},
     "triton": {"_kernels"},
     "peft": set(),

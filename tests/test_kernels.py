@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtune import backend, ops
+from qtune import backend, ops, tables
 from qtune.errors import QtuneError
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -100,7 +100,7 @@ def test_equals_bitsandbytes_and_the_reference(shape, dtype, block, kind, poison
 
 def ties(kind: str, peak: float) -> Tensor:
     """Blocks of 64 with absmax `peak`: the midpoints between codes and what is up to two ulps away."""
-    middle = ops.bounds(kind, torch.device("cpu"))[0] * peak
+    middle = tables.bounds(kind, torch.device("cpu"))[0] * peak
     near = torch.cat([(bits(middle) + d).view(torch.float32) for d in (-2, -1, 0, 1, 2)])
     near = torch.where(near.abs() > peak, torch.zeros_like(near), near)
     fill = torch.tensor([peak, -peak, 0.0, -0.0, peak / 2])
@@ -142,7 +142,7 @@ def test_every_16_bit_number_packs(dtype: torch.dtype, simd: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_byte_times_odd_scales(kind: str, out: torch.dtype, simd: str, poisoned: None) -> None:
     """The rounding to bf16 and fp16: ties, denormal results, overflow; scales that are negative, infinite or NaN."""
-    table = ops.table(kind, torch.device("cpu"))
+    table = tables.table(kind, torch.device("cpu"))
     special = [
         0.0,
         -0.0,
@@ -180,12 +180,14 @@ def test_nested_scales_round_twice(simd: str, poisoned: None) -> None:
         absmax, absmax=nested, code=bitsandbytes.functional.create_dynamic_map(), blocksize=256
     )
     assert same(got, their_values(codes, scales + offset, "nf4", 32, (blocks, 32), torch.float32))
-    exact = ops.dynamic8(torch.device("cpu"))[absmax.long()].double() * nested.repeat_interleave(256)[:blocks].double()
+    exact = (
+        tables.dynamic8(torch.device("cpu"))[absmax.long()].double() * nested.repeat_interleave(256)[:blocks].double()
+    )
     assert not torch.equal((exact + offset.double()).float(), scales + offset)  # so this test can tell the two apart
 
 
 def test_dynamic8_equals_bitsandbytes_around_every_change_of_code(poisoned: None) -> None:
-    grid = ops.dynamic8_grid(torch.device("cpu")).int()
+    grid = tables.dynamic8_grid(torch.device("cpu")).int()
     change = (grid[1:] != grid[:-1]).nonzero().view(-1) + 1
     edge = ((change.double() - 0.5) / 65535 * 2 - 1).float()
     near = torch.cat([(bits(edge) + d).view(torch.float32) for d in range(-40, 41)]).nan_to_num().clamp(-1, 1)
@@ -200,18 +202,6 @@ def test_dynamic8_equals_bitsandbytes_around_every_change_of_code(poisoned: None
         reference = ops.REFERENCES["dynamic8_pack"](x)
         assert torch.equal(reference[0], want)
         assert same(reference[1], state.absmax)
-
-
-def test_tables_are_those_of_ops_and_bitsandbytes() -> None:
-    k, cpu = kernels(), torch.device("cpu")
-    for kind in KINDS:
-        assert same(k.values(kind), ops.table(kind, cpu))
-        assert same(k.values(kind), bitsandbytes.functional.get_4bit_type(kind, device="cpu"))
-        assert same(k.bounds(kind)[0], ops.bounds(kind, cpu)[0])
-        assert torch.equal(k.bounds(kind)[1], ops.bounds(kind, cpu)[1])
-    assert same(k.dynamic_map(), ops.dynamic8(cpu))
-    assert same(k.dynamic_map(), bitsandbytes.functional.create_dynamic_map())
-    assert torch.equal(k.nearest8(), ops.dynamic8_grid(cpu))
 
 
 def test_threads_and_odd_blocks_change_nothing(simd: str) -> None:
@@ -362,7 +352,7 @@ JUNK = 'for a; do test "$o" = -o && echo junk > "$a"; o=$a; done'
 @pytest.mark.parametrize(
     ("first", "why"),
     [
-        ('case "$*" in *-shared*) echo "x: error: boom" >&2; exit 1;; esac', "could not compile blockwise4.cpp: .*boom"),
+        ('case "$*" in *-shared*) echo "error: boom" >&2; exit 1;; esac', "could not compile blockwise4.cpp.*boom"),
         ('case "$*" in *-shared*) exit 3;; esac', "exit code 3"),
         (f'case "$*" in *-shared*) o=; {JUNK}; exit 0;; esac', "does not load"),
     ],
@@ -448,10 +438,8 @@ def test_the_modes(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.reset()
         assert backend.kernel("blockwise4_pack", "cpu") is not None
         assert backend.kernel("blockwise4_pack", "meta") is None
-        with pytest.raises(QtuneError, match="'int8_pack' on cpu: no cpu kernel"):
-            backend.kernel("int8_pack", "cpu")
-        with pytest.raises(QtuneError, match="on cuda: Triton kernels are not there yet"):
-            backend.kernel("blockwise4_pack", "cuda")
+        assert backend.kernel("int8_pack", "cpu") is None  # none is written
+        assert backend.kernel("blockwise4_pack", "cuda") is None
         backend.reset()
         monkeypatch.setenv("QTUNE_KERNELS", "yes")
         with pytest.raises(QtuneError, match="QTUNE_KERNELS 'yes'; legal: auto, reference, require"):

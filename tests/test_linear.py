@@ -278,6 +278,15 @@ def test_digest_tells_weights_shapes_and_schemes_apart(scheme: Scheme) -> None:
     assert len(set(digests)) == len(digests)
 
 
+def test_digest_tells_schemes_with_equal_codes_apart() -> None:
+    digests = set()
+    for scheme in (NF4(), NF4(block=128), NF4(block=4096)):
+        layer = linear(scheme)
+        layer.set_weight(torch.ones(OUT, IN))
+        digests.add(layer.digest())
+    assert len(digests) == 3
+
+
 def test_digest_of_single_quantization_covers_the_scales() -> None:
     """Twice the weight has the same codes."""
     layer, w = linear(NF4(double=False)), torch.randn(OUT, IN)

@@ -8,12 +8,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import tiny
 from qtune.errors import QtuneError
 from qtune.model import dense_parameters, load, load_tokenizer, packed_sites, save_quantized
 from qtune.quant import SCHEMES, Dense, QuantEmbedding, QuantLinear, Scheme

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtune import backend, ops
+from qtune import backend, ops, tables
 
 KINDS = ("nf4", "fp4")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +41,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def midpoints(kind: str) -> Tensor:
     """Exact midpoints between neighbouring codes and the floats beside them, at absmax 1."""
-    middle = ops.bounds(kind, CPU)[0]
+    middle = tables.bounds(kind, CPU)[0]
     up, down = torch.tensor(2.0), torch.tensor(-2.0)
     values = torch.cat((middle, middle.nextafter(up), middle.nextafter(down), torch.tensor([1.0, -1.0, 0.0, -0.0])))
     return torch.cat((values, values.flip(0), -values)).repeat(3).view(-1, 7)
@@ -79,7 +79,7 @@ def sample(name: str, kind: str, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tables_are_bitsandbytes(kind: str) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    assert same(ops.table(kind, CPU), functional.get_4bit_type(kind, device="cpu"))
+    assert same(tables.table(kind, CPU), functional.get_4bit_type(kind, device="cpu"))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -96,7 +96,7 @@ def test_pack_is_bit_equal_to_bitsandbytes(name: str, kind: str, dtype: torch.dt
         assert same(absmax, their_absmax), f"absmax, block {block}"
 
 
-@pytest.mark.parametrize("block", ops.BLOCKS)
+@pytest.mark.parametrize("block", tables.BLOCKS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_pack_takes_the_nearest_value(kind: str, block: int) -> None:
     """Against an independent search over all 16 values in float64; ties may go either way."""
@@ -104,7 +104,7 @@ def test_pack_takes_the_nearest_value(kind: str, block: int) -> None:
     codes, absmax = qtune.blockwise4_pack(w, kind, block)
     both = torch.stack((codes >> 4, codes & 15), dim=1).view(-1)[: w.numel()].long()
     scale = absmax.double().repeat_interleave(block)[: w.numel()]
-    distance = (w.view(-1, 1).double() - ops.table(kind, CPU).double() * scale[:, None]).abs()
+    distance = (w.view(-1, 1).double() - tables.table(kind, CPU).double() * scale[:, None]).abs()
     chosen = distance.gather(1, both[:, None]).squeeze(1)
     assert (chosen <= distance.amin(dim=1) + 1e-6 * scale).all()
 
@@ -160,7 +160,7 @@ def test_unpack_of_double_quantization_agrees_with_bitsandbytes(
 
 def test_dynamic8_map_is_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    assert same(ops.dynamic8(CPU), functional.create_dynamic_map())
+    assert same(tables.dynamic8(CPU), functional.create_dynamic_map())
 
 
 def bin_edges() -> Tensor:
@@ -184,8 +184,10 @@ DYNAMIC8_INPUTS: dict[str, Callable[[], Tensor]] = {
     "subnormals": lambda: torch.randn(600) * 1e-40,
     "about the smallest normal": lambda: torch.randn(5000) * torch.logspace(-45, -36, 5000),
     "largest values": lambda: torch.randn(600).sign() * torch.finfo(torch.float32).max,
-    "map values": lambda: ops.dynamic8(CPU).clone(),
-    "midpoints of the map": lambda: torch.cat(((ops.dynamic8(CPU)[1:] + ops.dynamic8(CPU)[:-1]) / 2, torch.ones(1))),
+    "map values": lambda: tables.dynamic8(CPU).clone(),
+    "midpoints of the map": lambda: torch.cat(
+        ((tables.dynamic8(CPU)[1:] + tables.dynamic8(CPU)[:-1]) / 2, torch.ones(1))
+    ),
     "edges of the bins": bin_edges,
 }
 
@@ -201,9 +203,20 @@ def test_dynamic8_pack_is_bit_equal_to_bitsandbytes(name: str) -> None:
     assert not wrong.numel(), f"{wrong.numel()} codes differ, first at {wrong[:5].tolist()}: {x[wrong[:5]].tolist()}"
 
 
+def test_the_point_of_the_grid_does_not_depend_on_a_fused_multiply_add() -> None:
+    """All shares that fp32 can hold: (v + 1) / 2 for v in [-1, 1] is a multiple of 2^-25. fp64 is exact here."""
+    for start in range(0, 2**25 + 1, 2**22):
+        k = torch.arange(start, min(start + 2**22, 2**25 + 1), dtype=torch.int32)
+        exact = k.double() * 2.0**-25
+        share = exact.float()
+        fused = (share.double() * 65535 + 0.5).float().to(torch.int32)
+        held = share.double() == exact
+        assert torch.equal((share * 65535 + 0.5).to(torch.int32)[held], fused[held])
+
+
 def test_tables_do_not_depend_on_the_default_device_or_dtype() -> None:
     """A table is made once and cached: made while a skeleton is built on meta, it must still hold values."""
-    functions = (ops.dynamic8, ops.dynamic8_grid)
+    functions = (tables.dynamic8, tables.dynamic8_grid)
     before = [f(CPU) for f in functions]
     for f in functions:
         f.cache_clear()
@@ -277,7 +290,16 @@ class Packed:
 
 
 FORMS = ("nf4", "fp4", "nf4-double", "fp4-double", "int8")
-SHAPES = [(64, 128), (48, 96), (33, 71), (1, 257), (257, 1), (1, 1), (130, 64)]
+SHAPES = [
+    (64, 128),
+    (48, 96),
+    (33, 71),
+    (1, 257),
+    (257, 1),
+    (1, 1),
+    (130, 64),
+    (260, 130),
+]  # the last: 529 blocks, 3 nested ones
 
 
 def assert_close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -421,7 +443,7 @@ def test_rows_beyond_two_to_the_31(index: torch.dtype, sparse: Callable[[int, to
     got = qtune.blockwise4_rows(
         torch.tensor([target, 0], dtype=index), codes, absmax, None, None, "nf4", block, (rows, width), torch.float32
     )
-    want = ops.pairs("nf4", CPU)[torch.arange(width // 2) % 256].view(-1)
+    want = tables.pairs("nf4", CPU)[torch.arange(width // 2) % 256].view(-1)
     want[:block] *= 3.0
     assert same(got[0], want)
     assert (got[1] == -1.0).all()

@@ -1,4 +1,5 @@
-"""Tiny random models of real architectures, saved as transformers itself saves them: hidden sizes 64 and 96, vocabularies that are no multiple."""
+"""Tiny random models of real architectures, saved as transformers itself saves them: hidden sizes 64 and 96,
+vocabularies that are no multiple."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 VOCAB = 131
 COMMON = {"vocab_size": VOCAB, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA = COMMON | {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }  # fmt: skip
 WIDE = LLAMA | {"hidden_size": 96, "intermediate_size": 64, "num_attention_heads": 6}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
@@ -30,8 +32,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", LLAMA | SLIDING),
     "gemma3": ("Gemma3TextConfig", LLAMA | SLIDING),
     "phi3": ("Phi3Config", WIDE),
-    "gpt2": ("GPT2Config", {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}),
-    "opt": ("OPTConfig", COMMON | {"hidden_size": 64, "word_embed_proj_dim": 96, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "gpt2": ("GPT2Config", {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 64, "n_layer": 2,
+                           "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}),
+    "opt": ("OPTConfig", COMMON | {"hidden_size": 64, "word_embed_proj_dim": 96, "ffn_dim": 96, "num_hidden_layers": 2,
+                                   "num_attention_heads": 4}),
     "qwen3-moe": ("Qwen3MoeConfig", LLAMA | {
         "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "norm_topk_prob": True,
         "decoder_sparse_step": 1, "mlp_only_layers": [],

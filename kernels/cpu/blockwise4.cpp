@@ -224,6 +224,7 @@ template <int D> Work pack_work(int isa) {
     if (isa == ISA_AVX512) return pack_avx512<D>;
     if (isa == ISA_AVX2) return pack_avx2<D>;
 #endif
+    (void)isa;    // the scalar loops are what compilers vectorize for NEON
     return pack_scalar<D>;
 }
 

@@ -1,8 +1,6 @@
-"""NF4/FP4 pack and unpack on the CPU: ctypes wrappers of blockwise4.cpp, bit-equal to the references.
+"""NF4/FP4 pack and unpack on the CPU: ctypes wrappers of blockwise4.cpp, bit-equal to the references in qtune/ops.py.
 
-What the numbers mean stands in qtune/ops.py, which this room may not import: the two codebooks are repeated here, and
-a test compares them. Functions take the ops' own arguments; `simd` (scalar, avx2, avx512, neon) forces a path, for
-tests.
+Functions take the ops' own arguments; `simd` (scalar, avx2, avx512, neon) forces a path, for tests.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qtune.errors import QtuneError, one_of
+from qtune.tables import NESTED_BLOCK, TABLES, bounds, dynamic8, dynamic8_grid, table
 
 from .build import Built, build
 
@@ -25,57 +24,20 @@ SOURCE = Path(__file__).with_name("blockwise4.cpp")
 HEADERS = (Path(__file__).with_name("blockwise4_x86.h"),)
 SIMD = {"auto": -1, "scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-NESTED_BLOCK = 256
-NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
-    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-FP4 = tuple(sign * v / 12 + 0.0 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3))  # + 0.0: both zeros are +0
-ASCENDING = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
-VALUES = {"nf4": NF4, "fp4": FP4}
+CPU = torch.device("cpu")
 
 _lock = threading.Lock()
 _built: Built | None = None
 
 
-# ---- tables, as CPU tensors that live as long as the process
+# ---- tables: pointers into them go to the library, and qtune.tables keeps the tensors as long as the process
 
 
-@functools.cache
 def values(kind: str) -> Tensor:
     """fp32 [16]: what each nibble stands for."""
-    if kind not in VALUES:
-        raise one_of("4-bit kind", kind, VALUES)
-    return torch.tensor(VALUES[kind], dtype=torch.float32)
-
-
-@functools.cache
-def bounds(kind: str) -> tuple[Tensor, Tensor]:
-    """fp32 [15]: midpoints of the sorted values; uint8 [16]: the nibble of each rank."""
-    every = values(kind)
-    order = torch.tensor(ASCENDING[kind])
-    ranked = every[order]
-    return (ranked[:-1] + ranked[1:]) / 2, order.to(torch.uint8)
-
-
-@functools.cache
-def dynamic_map() -> Tensor:
-    """fp32 [256]: bitsandbytes' signed dynamic 8-bit map (arXiv 1511.04561): 7 decades, each twice as fine, 0, 1."""
-    found = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        for sign in (1, -1):
-            found += (sign * 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
-    return torch.tensor(sorted(found), dtype=torch.float32)
-
-
-@functools.cache
-def nearest8() -> Tensor:
-    """uint8 [65536]: the code of each of the equal bins over [-1, 1] by which bitsandbytes finds codes on the CPU."""
-    middle = 0.5 * (dynamic_map()[:-1] + dynamic_map()[1:])
-    bins = -1.0 + (2.0 * torch.arange(65536, dtype=torch.float32)) / 65535
-    return torch.bucketize(bins, middle).to(torch.uint8)
+    if kind not in TABLES:
+        raise one_of("4-bit kind", kind, TABLES)
+    return table(kind, CPU)
 
 
 # ---- the library
@@ -85,8 +47,8 @@ def _self_test(library: ctypes.CDLL) -> bool:
     """Two values through pack and unpack, by hand: 1 and -0.5 are nf4's codes 15 and 2, with scale 1."""
     _declare(library)
     code, absmax, back = (ctypes.c_uint8 * 1)(), (ctypes.c_float * 1)(), (ctypes.c_float * 2)()
-    nf4 = (ctypes.c_float * 16)(*NF4)
-    middle = (ctypes.c_float * 15)(*((a + b) / 2 for a, b in zip(NF4, NF4[1:], strict=False)))
+    nf4 = (ctypes.c_float * 16)(*TABLES["nf4"])
+    middle = (ctypes.c_float * 15)(*((a + b) / 2 for a, b in zip(nf4, nf4[1:], strict=False)))
     order = (ctypes.c_uint8 * 16)(*range(16))
     library.qtune_blockwise4_pack((ctypes.c_float * 2)(1.0, -0.5), 0, 2, 2, middle, order, code, absmax, 1, -1)
     library.qtune_blockwise4_unpack(code, absmax, None, None, None, nf4, 2, 2, back, 0, 1, -1)
@@ -184,7 +146,7 @@ def _block_check(block: int) -> tuple[bool, str]:
 
 def blockwise4_pack(w: Tensor, kind: str, block: int, simd: str = "auto") -> tuple[Tensor, Tensor]:
     """w (any shape, n values, fp32, bf16 or fp16) -> codes uint8 [ceil(n/2)], absmax fp32 [ceil(n/block)]."""
-    n, flat, (middle, order) = w.numel(), w.contiguous(), bounds(kind)
+    n, flat, (middle, order) = w.numel(), w.contiguous(), bounds(kind, CPU)
     _require(
         [(_is(w, n, *DTYPES), f"weight of {w.dtype} on {w.device}; legal: {list(DTYPES)} on cpu"), _block_check(block)]
     )
@@ -199,7 +161,7 @@ def blockwise4_pack(w: Tensor, kind: str, block: int, simd: str = "auto") -> tup
 
 def dynamic8_pack(x: Tensor) -> tuple[Tensor, Tensor]:
     """x fp32 [m] -> codes uint8 [m], absmax fp32 [ceil(m/256)]; a block of zeros gets code 0 and absmax 0."""
-    m, flat, bins = x.numel(), x.contiguous(), nearest8()
+    m, flat, bins = x.numel(), x.contiguous(), dynamic8_grid(CPU)
     _require([(_is(x, m, torch.float32), f"scales of {x.dtype} on {x.device}; legal: torch.float32 on cpu")])
     codes = torch.empty(x.shape, dtype=torch.uint8)
     absmax = torch.empty(-(m // -NESTED_BLOCK), dtype=torch.float32)
@@ -236,7 +198,7 @@ def blockwise4_unpack_into(
     # these names keep the memory alive for the call
     codes, absmax = codes.contiguous(), absmax.contiguous()
     nested_absmax = nested_absmax.contiguous() if nested_absmax is not None else None
-    map8 = dynamic_map() if nested else None
+    map8 = dynamic8(CPU) if nested else None
     sources = (codes, absmax, map8, nested_absmax, nested_offset, table)
     goal = n, block, out.data_ptr(), DTYPES[out.dtype]
     _call("qtune_blockwise4_unpack", *map(_pointer, sources), *goal, torch.get_num_threads(), _simd(simd))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def save_adapter(model: nn.Module, spec: AdapterSpec, folder: str | Path, base_i
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
-        "sites": {n: {"scheme": str(s.base.scheme), "digest": s.base.digest()} for n, s in sites.items()},
+        "sites": {n: _identity(s.base) for n, s in sites.items()},
     }
     folder = Path(folder)
     with replacing(folder / TENSORS) as file:
@@ -102,7 +103,9 @@ def read_adapter_json(folder: str | Path) -> dict[str, Any]:
         raise QtuneError(f"{path} has format {found!r}; this qtune reads format {FORMAT}")
     needed = {"adapter": dict, "base": dict, "bytes": int, "sha256": str, "sites": dict}
     wrong = [key for key, kind in needed.items() if not isinstance(info.get(key), kind)]
-    if "sites" not in wrong and not all(isinstance(site, dict) for site in info["sites"].values()):
+    if "sites" not in wrong and not all(
+        isinstance(site, dict) and isinstance(site.get("magnitude"), float) for site in info["sites"].values()
+    ):
         wrong.append("sites")
     if wrong:
         raise QtuneError(f"{path} lacks or garbles {', '.join(wrong)}")
@@ -135,12 +138,17 @@ def _find_bases(
     }
     faults = [f"{name}: the model has no packed linear layer of this name" for name in sites if name not in bases]
     for name, base in () if other_base else bases.items():
-        scheme, digest = sites[name].get("scheme"), str(sites[name].get("digest"))
-        if scheme != str(base.scheme):
-            faults.append(f"{name}: trained on {scheme}, here the layer is {base.scheme}")
-        elif digest != (here := base.digest()):
-            faults.append(f"{name}: trained on other weights (digest {digest[:12]}, here {here[:12]})")
+        there, here = sites[name], _identity(base)
+        if there.get("scheme") != here["scheme"]:
+            faults.append(f"{name}: trained on {there.get('scheme')}, here the layer is {base.scheme}")
+        elif there.get("digest") != here["digest"] or not isclose(there["magnitude"], here["magnitude"], rel_tol=1e-4):
+            digests = f"digest {str(there.get('digest'))[:12]}, here {here['digest'][:12]}"
+            faults.append(f"{name}: trained on other weights ({digests})")
     return bases, faults
+
+
+def _identity(base: QuantLinear) -> dict[str, Any]:
+    return {"scheme": str(base.scheme), "digest": base.digest(), "magnitude": base.magnitude()}
 
 
 def _state(sites: Mapping[str, Adapted], shared: nn.Module | None) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ class VeRA(Adapter):
         tensors={"b": "vera_lambda_b", "d": "vera_lambda_d"},
         options={"rank": "r", "d_initial": "d_initial", "dropout": "vera_dropout"},
         constants={"save_projection": True},
-        shared={"A": "vera_A"},
+        shared={"A": "vera_A", "B": "vera_B"},
     )
 
     def __init__(

@@ -1,6 +1,8 @@
-"""Which tensors of a GGUF file fill which tensors of the model, by transformers' own name map and tensor processors, one piece at a time.
+"""Which tensors of a GGUF file fill which tensors of the model, by transformers' own name map and tensor processors,
+one piece at a time.
 
-Processors undo what llama.cpp does to the weights: permuted q and k rows, norms stored as w + 1, transposed or fused tensors.
+Processors undo what llama.cpp does to the weights: permuted q and k rows, norms stored as w + 1, transposed or fused
+tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ TABLES_GGUF = ("token_embd.weight", "output.weight")
 
 
 class _TwoLevels:
-    """A model as transformers' name map asks for it, without the children below its base model: the map is built anew for each of them."""
+    """A model as transformers' name map asks for it, without the children below its base model: the map is built anew
+    for each of them."""
 
     def __init__(self, model: nn.Module, config: Any, child: str = "") -> None:
         self.model, self.config, self.child = model, config, child
@@ -83,7 +86,8 @@ def gguf_pieces(file: GGUF, model: PreTrainedModel) -> Pieces:
 
 
 def _gguf_shape(file: GGUF, members: list[str], expected: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a target will have, as far as it can be known before a processor has run (it may transpose or add a dimension)."""
+    """The shape that a target will have, as far as it can be known before a processor has run (it may transpose or add
+    a dimension)."""
     shape = file.tensors[members[0]].shape
     same = sorted(n for n in shape if n > 1) == sorted(n for n in expected if n > 1)
     return expected if same or len(members) > 1 else shape

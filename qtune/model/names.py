@@ -1,7 +1,9 @@
-"""Which tensors of a checkpoint fill which tensors of the model: transformers' own renamings and conversions, applied piece by piece.
+"""Which tensors of a checkpoint fill which tensors of the model: transformers' own renamings and conversions, applied
+piece by piece.
 
-safetensors: `conversion_mapping` (renamings; converters that merge or split tensors, such as fused experts). GGUF: transformers' name map
-and its tensor processors. Packed checkpoints: the parts of one weight form one piece. Shapes are known before anything is read.
+safetensors: `conversion_mapping` (renamings; converters that merge or split tensors, such as fused experts). GGUF:
+transformers' name map and its tensor processors. Packed checkpoints: the parts of one weight form one piece. Shapes are
+known before anything is read.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +93,7 @@ def _plain_pieces(files: Safetensors, names: Iterable[str], model: PreTrainedMod
             meta = convert(
                 lambda name: torch.empty(files.entries[name].shape, dtype=files.entries[name].dtype, device="meta")
             )
-        except Exception as error:  # an operation of transformers met shapes or counts that it does not expect
+        except Exception as error:  # noqa: BLE001  an operation of transformers met shapes or counts that it does not expect
             found.faults.append(f"{target} cannot be made of {', '.join(name for name, _ in members)}: {error}")
             continue
         targets = {name: tuple(tensor.shape) for name, tensor in meta.items()}
@@ -115,7 +118,7 @@ def _converter(
     def convert(read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         converter = copy.deepcopy(template)
         for name, pattern in members:
-            converter.add_tensor(target, name, pattern, lambda name=name: read(name))
+            converter.add_tensor(target, name, pattern, partial(read, name))  # type: ignore[arg-type]  # as transformers itself reads lazily
         made = converter.convert(target, model=shapes, config=shapes.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
@@ -212,7 +215,8 @@ def _own_pieces(files: Safetensors, rename: _Names, source: Source, tables: set[
             stored = files.entries[f"{weight}.{part}"]
             if (stored.dtype, stored.shape) != (dtype, tuple(size)):
                 found.faults.append(
-                    f"{weight}.{part} is {stored.dtype} {stored.shape}, a weight of {shape} packed as {kind} has {dtype} {tuple(size)}"
+                    f"{weight}.{part} is {stored.dtype} {stored.shape}, "
+                    f"a weight of {shape} packed as {kind} has {dtype} {tuple(size)}"
                 )
         _add_packed(
             found,
@@ -238,7 +242,8 @@ def _packed_shape(weight: str, shape: tuple[int, ...], packed: Mapping[str, Any]
 
 
 def check(found: Pieces, model: PreTrainedModel, ties: Mapping[str, str]) -> list[str]:
-    """Faults of the pieces against the skeleton: missing, extra and mis-shaped tensors. ties: tied name -> the name it shares."""
+    """Faults of the pieces against the skeleton: missing, extra and mis-shaped tensors. ties: tied name -> the name it
+    shares."""
     state = model.state_dict()
     given = {name for piece in found.pieces for name in piece.targets}
     groups: dict[str, set[str]] = {}

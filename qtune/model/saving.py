@@ -1,8 +1,9 @@
 """Write a packed model as a checkpoint that loads without the original.
 
-NF4 and FP4 linear layers: under transformers' bitsandbytes names in `model.safetensors`, so that `AutoModelForCausalLM.from_pretrained` loads it.
-Dense ones: an ordinary checkpoint. INT8, and any scheme with packed embeddings: parts named `X.weight.<part>` in `qtune.safetensors`, which
-transformers does not find and so cannot misread; config.json then says in its entry `qtune` what they are.
+NF4 and FP4 linear layers: under transformers' bitsandbytes names in `model.safetensors`, so that
+`AutoModelForCausalLM.from_pretrained` loads it. Dense ones: an ordinary checkpoint. INT8, and any scheme with packed
+embeddings: parts named `X.weight.<part>` in `qtune.safetensors`, which transformers does not find and so cannot
+misread; config.json then says in its entry `qtune` what they are.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from .source import FORMAT
 
 
 def save_quantized(model: PreTrainedModel, tokenizer: Any, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Write model (as `load` returned it) and tokenizer (or None) into the folder `out`; one tensor is copied at a time.
+    """Write model (as `load` returned it) and tokenizer (or None) into the folder `out`; one tensor is copied at a
+    time.
 
     Raises QtuneError where `out` holds a checkpoint already, or adapters are attached.
     """

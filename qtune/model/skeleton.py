@@ -1,7 +1,8 @@
 """The model without its weights: transformers' own modules on the meta device, linear layers replaced by QuantLinear.
 
-Buffers that no checkpoint stores (rotary frequencies, Gemma's embedding scale) are computed for real, by the initialisation that
-transformers itself runs after reading a checkpoint; they are filled with NaN first, so that a forgotten one is an error, not noise.
+Buffers that no checkpoint stores (rotary frequencies, Gemma's embedding scale) are computed for real, by the
+initialisation that transformers itself runs after reading a checkpoint; they are filled with NaN first, so that a
+forgotten one is an error, not noise.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ..quant import QuantEmbedding, QuantLinear, Scheme
 
 @dataclass
 class Origin:
-    """Where a loaded model comes from: `model.qtune`. notes: what the user must know (dense experts, tensors left unread)."""
+    """Where a loaded model comes from: `model.qtune`. notes: what the user must know (dense experts, tensors left
+    unread)."""
 
     source: str
     scheme: Scheme
@@ -43,7 +45,8 @@ def empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 def build(
     config: Any, scheme: Scheme, *, embeddings: Scheme | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> PreTrainedModel:
-    """The packed model of `config` on the meta device, as `load` would fill it: for planning. Buffers are on meta, too."""
+    """The packed model of `config` on the meta device, as `load` would fill it: for planning. Buffers are on meta,
+    too."""
     model = empty(config, dtype)
     replace(model, lambda site: scheme, embeddings, dtype)
     return model
@@ -61,7 +64,8 @@ def unsaved_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 
 
 def compute_buffers(model: PreTrainedModel) -> None:
-    """Give every unsaved buffer its real value, on the CPU. Runs while parameters are on meta, where their initialisation is free."""
+    """Give every unsaved buffer its real value, on the CPU. Runs while parameters are on meta, where their
+    initialisation is free."""
     poisoned = {}
     for module, name, full in unsaved_buffers(model):
         buffer = module._buffers[name]
@@ -77,7 +81,8 @@ def compute_buffers(model: PreTrainedModel) -> None:
     missed = [full for full, (module, name, value) in poisoned.items() if _poisoned(module._buffers[name], value)]
     if missed:
         raise QtuneError(
-            f"transformers {transformers.__version__} does not initialise these buffers of {type(model).__name__}: {', '.join(missed)}"
+            f"transformers {transformers.__version__} does not initialise these buffers of "
+            f"{type(model).__name__}: {', '.join(missed)}"
         )
 
 
@@ -91,7 +96,8 @@ def _poisoned(buffer: torch.Tensor | None, value: float | bool) -> bool:
 
 
 def linear_sites(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers that are packed: nn.Linear and Conv1D, except the output head, tied ones and those that transformers keeps in fp32."""
+    """The layers that are packed: nn.Linear and Conv1D, except the output head, tied ones and those that transformers
+    keeps in fp32."""
     head = model.get_output_embeddings()
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     kept = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
@@ -113,7 +119,8 @@ def replace(
     dtype: torch.dtype,
     head: Scheme | None = None,
 ) -> None:
-    """Put QuantLinear (meta) in place of every site, and with `embeddings` QuantEmbedding in place of the input table and QuantLinear of the head.
+    """Put QuantLinear (meta) in place of every site, and with `embeddings` QuantEmbedding in place of the input table
+    and QuantLinear of the head.
 
     head: a scheme for the output head alone, where a checkpoint holds it packed.
     """
@@ -155,8 +162,8 @@ def _replace_embeddings(model: PreTrainedModel, scheme: Scheme, dtype: torch.dty
     scaled = type(table).__name__.endswith("ScaledWordEmbedding") and isinstance(scale, int | float)
     if not isinstance(table, nn.Embedding) or not (type(table) is nn.Embedding or scaled):
         raise QtuneError(
-            f"the input embedding of {type(model).__name__} is {type(table).__name__}, which cannot be packed: its forward pass is its own; "
-            "leave embeddings unset"
+            f"the input embedding of {type(model).__name__} is {type(table).__name__}, which cannot be packed: "
+            "its forward pass is its own; leave embeddings unset"
         )
     if table.max_norm is not None:
         raise QtuneError(
@@ -164,8 +171,8 @@ def _replace_embeddings(model: PreTrainedModel, scheme: Scheme, dtype: torch.dty
         )
     name = _name_of(model, table)
     packed = QuantEmbedding(
-        table.num_embeddings, table.embedding_dim, scheme, padding_idx=table.padding_idx, scale=float(scale) if scaled else None,
-        dtype=dtype, device="meta", name=name,
+        table.num_embeddings, table.embedding_dim, scheme, padding_idx=table.padding_idx,
+        scale=float(scale) if scaled and scale is not None else None, dtype=dtype, device="meta", name=name,
     )  # fmt: skip
     model.set_submodule(name, packed)
     if model.get_output_embeddings() is not None:

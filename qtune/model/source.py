@@ -1,4 +1,5 @@
-"""Where a model comes from: a folder, a hub id or a GGUF file; what is refused is refused here, before anything is read.
+"""Where a model comes from: a folder, a hub id or a GGUF file; what is refused is refused here, before anything is
+read.
 
 No pickle (`.bin` can run code), no remote code (`auto_map` is never followed), no path outside of the folder.
 """
@@ -53,12 +54,14 @@ class Source:
 
 
 def open_source(model: str | Path) -> Source:
-    """Find `model` (folder, .gguf file or hub id) and read its configuration. Raises QtuneError with all faults found."""
+    """Find `model` (folder, .gguf file or hub id) and read its configuration. Raises QtuneError with all faults
+    found."""
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise QtuneError(
-                f"{path} is a file, but no .gguf; give a folder with config.json and safetensors files, a .gguf file or a hub id"
+                f"{path} is a file, but no .gguf; "
+                "give a folder with config.json and safetensors files, a .gguf file or a hub id"
             )
         return _gguf(path)
     if path.is_dir():
@@ -77,8 +80,8 @@ def _download(model: str) -> Path:
     except Exception as error:  # the hub client raises dozens of types, of three libraries
         reason = " ".join(str(error).split())[:300]
         raise QtuneError(
-            f"there is no folder {model!r} here, and the hub id {model!r} could not be fetched nor found in the local cache: "
-            f"{type(error).__name__}: {reason}"
+            f"there is no folder {model!r} here, and the hub id {model!r} could not be fetched "
+            f"nor found in the local cache: {type(error).__name__}: {reason}"
         ) from error
 
 
@@ -120,21 +123,23 @@ def _weights(folder: Path, packed: dict[str, Any]) -> tuple[str, list[str]]:
             return stem, []
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
     if pickles:
-        code = f"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; M.from_pretrained({str(folder)!r}).save_pretrained('converted'); T.from_pretrained({str(folder)!r}).save_pretrained('converted')"
+        code = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T"
+        code += "".join(f"; {c}.from_pretrained({str(folder)!r}).save_pretrained('converted')" for c in "MT")
         return "", [
-            f"its weights are pickle files ({', '.join(pickles)}), which can run code when they are opened and are never read here; "
-            f'if you trust where they come from, convert them: python -c "{code}"'
+            f"its weights are pickle files ({', '.join(pickles)}), which can run code when they are opened "
+            f'and are never read here; if you trust where they come from, convert them: python -c "{code}"'
         ]
     if found := sorted(p.name for p in folder.glob("*.gguf")):
         return "", [f"the folder holds GGUF files; give one of them: {', '.join(str(folder / name) for name in found)}"]
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     return "", [
-        f"no model.safetensors and no model.safetensors.index.json (safetensors files found: {', '.join(found) or 'none'})"
+        "no model.safetensors and no model.safetensors.index.json "
+        f"(safetensors files found: {', '.join(found) or 'none'})"
     ]
 
 
 def _config_faults(config: dict[str, Any], packed: dict[str, Any]) -> list[str]:
-    kind, faults = config.get("model_type"), []
+    kind, faults = str(config.get("model_type")), []
     if kind not in transformers.CONFIG_MAPPING:
         why = " and its own code (auto_map) is never run" if config.get("auto_map") else ""
         faults.append(
@@ -145,7 +150,8 @@ def _config_faults(config: dict[str, Any], packed: dict[str, Any]) -> list[str]:
     quantized = config.get("quantization_config")
     if quantized and not (quantized.get("quant_method") == "bitsandbytes" and quantized.get("load_in_4bit")):
         faults.append(
-            f"it is quantized already, by {quantized.get('quant_method')!r}; readable packed checkpoints: bitsandbytes 4-bit and qtune's own"
+            f"it is quantized already, by {quantized.get('quant_method')!r}; "
+            "readable packed checkpoints: bitsandbytes 4-bit and qtune's own"
         )
     if packed and packed.get("format") != FORMAT:
         faults.append(f"it is a packed checkpoint of format {packed.get('format')!r}; this qtune reads format {FORMAT}")
@@ -160,8 +166,13 @@ def _gguf(path: Path) -> Source:
             config = transformers.AutoConfig.from_pretrained(folder, gguf_file="header.gguf", trust_remote_code=False)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise QtuneError(
-                f"cannot load {path}: transformers {transformers.__version__} cannot read GGUF architecture {file.architecture!r} ({error})"
+                f"cannot load {path}: transformers {transformers.__version__} cannot read "
+                f"GGUF architecture {file.architecture!r} ({error})"
             ) from error
+    if (
+        "token_embd.weight" in file.tensors
+    ):  # transformers reads the size of some vocabularies from the tokens, of others not at all
+        config.vocab_size = file.tensors["token_embd.weight"].shape[0]
     if hasattr(config, "quantization_config"):  # transformers leaves one behind: the weights are dequantized
         del config.quantization_config
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:

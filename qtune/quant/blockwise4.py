@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, tables  # noqa: F401  (ops registers the operations)
 from ..errors import QtuneError
 from .scheme import Layout, Parts, Scheme
 
@@ -31,9 +31,9 @@ class Blockwise4(Scheme):
     double: bool = True
 
     def __post_init__(self) -> None:
-        if type(self.block) is not int or self.block not in ops.BLOCKS:
+        if type(self.block) is not int or self.block not in tables.BLOCKS:
             raise QtuneError(
-                f"scheme {self.name}: block must be one of {', '.join(map(str, ops.BLOCKS))}, not {self.block!r}"
+                f"scheme {self.name}: block must be one of {', '.join(map(str, tables.BLOCKS))}, not {self.block!r}"
             )
 
     def layout(self, shape: Sequence[int]) -> Layout:
@@ -44,13 +44,16 @@ class Blockwise4(Scheme):
             "absmax": (torch.uint8 if self.double else torch.float32, (blocks,)),
         }
         if self.double:
-            layout["nested_absmax"] = (torch.float32, (-(blocks // -ops.NESTED_BLOCK),))
+            layout["nested_absmax"] = (torch.float32, (-(blocks // -tables.NESTED_BLOCK),))
             layout["nested_offset"] = (torch.float32, (1,))
         return layout
 
     def identity(self) -> tuple[str, ...]:
         # doubly quantized scales hang on nested_offset, a sum whose last bits depend on the number of threads
         return ("codes",) if self.double else ("codes", "absmax")
+
+    def magnitude(self, parts: Parts) -> float:
+        return float(parts["nested_offset"]) if self.double else 0.0
 
     def pack(self, w: Tensor) -> Parts:
         codes, absmax = torch.ops.qtune.blockwise4_pack(w.contiguous(), self.name, self.block)

@@ -70,6 +70,10 @@ class _Packed(nn.Module):
             with torch.no_grad():  # not through .data: a backward that still needs the old bytes must be told
                 self.packed.copy_(flat)
 
+    def magnitude(self) -> float:
+        """A number to compare within 1e-4 beside `digest`, which does not see all of a doubly quantized scale."""
+        return self.scheme.magnitude(self.parts)
+
     def digest(self) -> str:
         """sha256 of what identifies the packed weight: scheme, shape and the parts that `scheme.identity()` names."""
         text = hashlib.sha256(f"{self.scheme}{self.shape}".encode())

@@ -49,6 +49,10 @@ class Scheme(ABC):
         """The parts that a digest covers: those whose every bit is the same on any machine and number of threads."""
         return tuple(self.layout((1, 1)))
 
+    def magnitude(self, parts: Parts) -> float:
+        """What scaling the whole weight changes where the identity parts do not; equal to 1e-5 on any machine."""
+        return 0.0
+
     @abstractmethod
     def pack(self, w: Tensor) -> Parts:
         """w [out, in] float -> parts. Rounds to nearest; w must be finite (see `checked_pack`)."""

@@ -1,0 +1,70 @@
+"""Code tables of the 4-bit types and of the 8-bit map that double quantization uses, equal to bitsandbytes' to the last bit."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+# the 16 values of each 4-bit type in code order (bitsandbytes' tables; fp4 = sign, 2 exponent bits, 1 mantissa bit,
+# divided by 12)
+TABLES: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": tuple(sign * v / 12.0 + 0.0 for sign in (1, -1) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+}  # fmt: skip
+# codes in ascending order of value; bitsandbytes' sort of fp4's two zeros puts code 0 before code 8
+ASCENDING: dict[str, tuple[int, ...]] = {
+    "nf4": tuple(range(16)),
+    "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3),
+}
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCK = 256
+
+
+@functools.cache
+def table(kind: str, device: torch.device) -> Tensor:
+    """The 16 fp32 values of a 4-bit type."""
+    return torch.tensor(TABLES[kind], dtype=torch.float32, device=device)
+
+
+@functools.cache
+def pairs(kind: str, device: torch.device) -> Tensor:
+    """[256, 2] fp32: both values of every byte."""
+    values, byte = table(kind, device), torch.arange(256, device=device)
+    return torch.stack((values[byte >> 4], values[byte & 15]), dim=1)
+
+
+@functools.cache
+def bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Midpoints between neighbouring values (fp32 [15]) and the codes in ascending order (uint8 [16])."""
+    order = torch.tensor(ASCENDING[kind], device=device)
+    ascending = table(kind, device)[order]
+    return (ascending[:-1] + ascending[1:]) / 2, order.to(torch.uint8)
+
+
+@functools.cache
+def dynamic8(device: torch.device) -> Tensor:
+    """bitsandbytes' signed dynamic 8-bit map, fp32 [256] ascending: 7 decades, each with twice the values of the one
+    below."""
+    data = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
+        means = ((10 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
+        data += means + [-m for m in means]
+    return torch.tensor(sorted(data), dtype=torch.float32, device=device)
+
+
+@functools.cache
+def dynamic8_grid(device: torch.device) -> Tensor:
+    """uint8 [65536]: the code of each point of bitsandbytes' 16-bit grid over [-1, 1], by which its CPU kernel
+    rounds."""
+    codes = dynamic8(torch.device("cpu"))
+    middle = 0.5 * (codes[:-1] + codes[1:])
+    points = -1.0 + (2.0 * torch.arange(65536, dtype=torch.float32, device="cpu")) / 65535
+    return torch.bucketize(points, middle).to(torch.uint8).to(device)
