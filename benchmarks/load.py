@@ -104,7 +104,7 @@ def child(loader: str, folder: str) -> dict[str, Any]:
         while not done.wait(0.002):
             peak = max(peak, status("RssAnon"))
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     start = time.perf_counter()
     model = load()

@@ -3,8 +3,8 @@
 A kernel module lives under kernels/<device type>/ and holds `KERNELS` (op name -> function with the op's own
 arguments), `why_not()` (None, or why none of them can run here), `features()` and `reset()`. It is imported at the
 first question, and only then may it compile. The environment variable QTUNE_KERNELS chooses: `auto` (a kernel if one
-runs here, else the torch reference), `reference` (never a kernel), `require` (a kernel that cannot run is an error). Left
-out: several kernels of one op.
+runs here, else the torch reference), `reference` (never a kernel), `require` (a kernel that cannot run is an error).
+Left out: several kernels of one op.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def chat(
         model, tokenizer = load_base(recipe, screen)
     start = [{"role": "system", "content": system}] if system else []
     turns = list(start)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if prompt is not None:
         answer = generate(model, tokenizer, _ids(tokenizer, [*turns, {"role": "user", "content": prompt}]), **options)
         screen.line(answer)

@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("quantize", "Write a packed checkpoint that loads without the original.")
     sub.add_argument("model", metavar="MODEL", help="checkpoint folder, .gguf file or hub id")
     sub.add_argument(
-        "options", nargs="*", metavar="OPTION=VALUE", help="scheme options, such as block=128 double=false"
+        "overrides", nargs="*", metavar="OPTION=VALUE", help="scheme options, such as block=128 double=false"
     )
     sub.add_argument("--scheme", default="nf4", help="nf4 (default), fp4, int8 or dense")
     sub.add_argument("--embeddings", metavar="SCHEME", help="also pack embeddings and head, with this scheme")
@@ -99,9 +99,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments of a command; unlike in argparse, KEY=VALUE pairs may stand anywhere among the options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    late = [text for text in rest if "=" in text and not text.startswith("-") and hasattr(args, "overrides")]
+    if len(late) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(text for text in rest if text not in late)}")
+    if late:
+        args.overrides += late
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `qtune`."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # we show our own
     try:
         COMMANDS[args.command](args)
@@ -278,7 +290,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
     screen = _screen(args)
     embeddings = [f"scheme.embeddings={args.embeddings}"] if args.embeddings else []
-    options = [*embeddings, *(f"scheme.{option}" for option in args.options)]
+    options = [*embeddings, *(f"scheme.{option}" for option in args.overrides)]
     recipe = Recipe.load({"model": args.model, "scheme": args.scheme, "dtype": args.dtype}, options, training=False)
     nbytes = quantize(recipe, Path(args.out), screen=screen)
     screen.line(f"wrote {args.out}: {recipe.scheme}, {size(nbytes)}; use it in a recipe as `model: {args.out}`")

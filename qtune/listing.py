@@ -17,7 +17,7 @@ from .quant import SCHEMES
 
 def methods(json_out: bool) -> None:
     """Every method: equation, options with defaults, where it goes, merge, PEFT."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, method in sorted(METHODS.items()):
         doc = (sys.modules[method.__module__].__doc__ or "").strip()
         options = {o: p.default for o, p in method.options().items()}
@@ -53,7 +53,7 @@ def methods(json_out: bool) -> None:
 
 def schemes(json_out: bool) -> None:
     """Every scheme: what it is, bits per weight at 4096 x 4096, options with defaults."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, cls in sorted(SCHEMES.items()):
         scheme = cls()
         options = {k: v for k, v in scheme.to_dict().items() if k != "name"}

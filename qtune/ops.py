@@ -1,6 +1,6 @@
-"""Operations on packed weights: for each a schema, a torch reference (the truth) and a shape function, so all runs on meta.
+"""Operations on packed weights: each a schema, a torch reference (the truth) and a shape function, so all runs on meta.
 
-    w ~ table[code] * absmax[block]          4-bit: blocks of the flat weight, two codes a byte, the first in the high nibble
+    w ~ table[code] * absmax[block]          4-bit: blocks of the flat weight, two codes a byte, high nibble first
     absmax ~ map8[code8] * nested + offset   double quantization: blocks of 256, bitsandbytes' signed dynamic 8-bit map
     w ~ code * absmax[row] / 127             int8: one scale a row, applied after the product
 
@@ -93,7 +93,7 @@ def dynamic8_pack(x: Tensor) -> tuple[Tensor, Tensor]:
     blocks = torch.nn.functional.pad(x, (0, -m % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax = blocks.abs().amax(dim=1)
     normed = (blocks * (1.0 / absmax).unsqueeze(1)).clamp(-1, 1).nan_to_num_(nan=-1.0)
-    # bitsandbytes' build may fuse the multiply-add; a test goes through all 2^25 shares: the point is the same either way
+    # bitsandbytes' build may fuse the multiply-add; a test of all 2^25 shares shows the same point either way
     point = ((normed + 1.0) * 0.5 * 65535 + 0.5).to(torch.int32)
     return dynamic8_grid(x.device)[point].view(-1)[:m].contiguous(), absmax
 

@@ -97,7 +97,7 @@ def load_with_bar(source: str, screen: Screen, **options: Any) -> Any:
 
 
 def quantize(recipe: Recipe, out: Path, *, screen: Screen | None = None) -> int:
-    """Write the packed checkpoint of a recipe's model; `load` reads it without the original. Returns bytes of tensors."""
+    """Write the packed checkpoint of a recipe's model, which `load` reads without the original. Returns its bytes."""
     if (out / "config.json").exists():
         raise QtuneError(f"{out} already holds a checkpoint; choose another --out")
     options = {"scheme": recipe.scheme, "embeddings": recipe.embeddings, "dtype": DTYPES[recipe.dtype]}

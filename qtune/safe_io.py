@@ -14,7 +14,7 @@ from .errors import QtuneError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; on success it takes the name `path`, on any error it is removed and `path` is as before."""
+    """A temporary file beside `path`: on success it takes that name, on any error it goes and `path` is as before."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

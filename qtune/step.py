@@ -27,9 +27,12 @@ class NonFinite(QtuneError):
 class BatchLike(Protocol):
     """input_ids, attention_mask, labels: int64 [batch, seq]; labels -100 where not trained."""
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def attention_mask(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)

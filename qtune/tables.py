@@ -1,4 +1,4 @@
-"""Code tables of the 4-bit types and of the 8-bit map that double quantization uses, equal to bitsandbytes' to the last bit."""
+"""Code tables of the 4-bit types and of double quantization's 8-bit map, equal to bitsandbytes' to the last bit."""
 
 from __future__ import annotations
 

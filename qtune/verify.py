@@ -189,7 +189,8 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     fit."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = loaded
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     faults = [f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])))}" for kind in kinds if info[kind]]
     if faults:

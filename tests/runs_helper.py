@@ -1,4 +1,4 @@
-"""A tiny finished run for tests: a random Llama with a one-word tokenizer learns to answer by the first word of the prompt."""
+"""A tiny run for tests: a random Llama with a one-word tokenizer learns to answer by the first word of the prompt."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+
 from qtune.recipe import Recipe
 
 

@@ -286,7 +286,7 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.001)
 
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 model = load(sys.argv[2], NF4())
 stop = True

@@ -11,6 +11,8 @@ import pytest
 import runs_helper
 import tiny
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
 from qtune import export
 from qtune.adapters import METHODS, Adapted, adapted_sites
 from qtune.errors import QtuneError
@@ -19,7 +21,6 @@ from qtune.runs import Run, open_run
 from qtune.screen import Screen
 from qtune.trainer import train
 from qtune.verify import check_layers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 QUIET = Screen(quiet=True)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qtune import backend, ops, tables
+from qtune import backend, tables
 from qtune.errors import QtuneError
 from qtune.quant import SCHEMES, Dense, Scheme, scheme_from
 from qtune.quant.blockwise4 import FP4, NF4

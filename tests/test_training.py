@@ -1,4 +1,4 @@
-"""Loss, optimizer, step and trainer: equal to transformers and torch where they have the same, and safe where a run goes wrong."""
+"""Loss, optimizer, step and trainer: equal to transformers and torch, and safe where a run goes wrong."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 import runs_helper
 import tiny
 import torch
+from torch import nn
+
 from qtune import loss as loss_module
 from qtune.adapters import AdapterSpec, adapt
 from qtune.data import collate, load_data
@@ -23,7 +25,6 @@ from qtune.optim import AdamW, lr_factor
 from qtune.quant import NF4, Dense, QuantLinear
 from qtune.step import LanguageModel, NonFinite, TrainStep
 from qtune.trainer import Trainer, steps_of, train
-from torch import nn
 
 
 def batch(length: int = 16, rows: int = 2) -> object:
@@ -152,7 +153,7 @@ def test_two_micro_batches_of_one_equal_one_of_two(tmp_path: Path) -> None:
     assert len(short.input_ids) < len(long.input_ids)
     updated = []
     for micro_batches in ([collate([short, long])], [collate([short]), collate([long])]):
-        language, step = step_of(folder)
+        _, step = step_of(folder)
         done = step(micro_batches, 1, 1, 1.0)
         updated.append((done.loss, [p.detach().clone() for p in step.optimizer.parameters]))
     assert updated[0][0] == pytest.approx(updated[1][0], rel=1e-6)
@@ -164,7 +165,7 @@ def test_clipping_limits_the_norm_that_is_reported(tmp_path: Path) -> None:
     folder = runs_helper.write_model(tmp_path / "m")
     norms = {}
     for clip in (None, 1e-3):
-        language, step = step_of(folder, clip=clip)
+        _, step = step_of(folder, clip=clip)
         seen: list[float] = []
         update = step.optimizer.step
 
@@ -255,7 +256,7 @@ def test_loss_that_is_not_finite_stops_with_step_and_last_save(tmp_path: Path, m
 
 
 def test_a_bad_gradient_changes_no_weight(tmp_path: Path) -> None:
-    language, step = step_of(runs_helper.write_model(tmp_path / "m"))
+    _, step = step_of(runs_helper.write_model(tmp_path / "m"))
     before = [p.detach().clone() for p in step.optimizer.parameters]
     step.optimizer.parameters[0].register_hook(lambda grad: grad * math.inf)
     with pytest.raises(NonFinite, match="step 3: .*gradient norm is (nan|inf)"):

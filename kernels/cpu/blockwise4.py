@@ -6,7 +6,6 @@ Functions take the ops' own arguments; `simd` (scalar, avx2, avx512, neon) force
 from __future__ import annotations
 
 import ctypes
-import functools
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
