@@ -31,9 +31,9 @@ SHAPE = {
     "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True, "max_position_embeddings": 131072,
 }  # fmt: skip
 LOADERS = {
-    "qtune nf4 double": "qtune, NF4, double quantization",
-    "qtune int8": "qtune, INT8",
-    "transformers": "transformers + bitsandbytes, NF4, double quantization",
+    "qtune nf4 double": "qtune, nf4",
+    "qtune int8": "qtune, int8",
+    "transformers": "transformers + bnb, nf4",
 }
 
 
@@ -134,8 +134,8 @@ def table(results: dict[str, Any]) -> None:
         title=f"Loading {results['parameters'] / 1e9:.2f} B parameters from bf16 "
         f"({results['hardware']['cpu']}, {results['hardware']['threads']} threads)"
     )
-    for column in ("loader", "model, MB", "bound, MB", "peak anonymous, MB", "of the bound", "after, MB", "seconds"):
-        made.add_column(column, justify="left" if column == "loader" else "right")
+    for column in ("MB (nf4: double)", "model", "bound", "peak", "of bound", "after", "seconds"):
+        made.add_column(column, justify="left" if column.startswith("MB") else "right", no_wrap=True)
     for row in results["rows"]:
         made.add_row(
             LOADERS[row["loader"]], f"{row['held'] / 1e6:,.0f}", f"{row['bound'] / 1e6:,.0f}",

@@ -16,12 +16,13 @@ from . import __version__, backend
 from .ops import REFERENCES
 from .screen import size
 
+INSIDE = "blockwise4_unpack_into"  # no op of its own: blockwise4_matmul unpacks through it into its arena
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "bitsandbytes", "peft", "gguf", "triton")
 
 
 def doctor(*, json_out: bool, markdown: bool) -> None:
     """Print the findings as tables, as one JSON value, or the kernels as Markdown."""
-    rows = backend.report(REFERENCES)
+    rows = backend.report([*REFERENCES, INSIDE])
     if markdown:
         print("| op | device | served by | why |\n| --- | --- | --- | --- |")
         for row in rows:
@@ -44,6 +45,7 @@ def doctor(*, json_out: bool, markdown: bool) -> None:
         if row["device"] in here:
             table.add_row(row["op"], row["device"], row["provider"], row["why"])
     console.print(table)
+    console.print(f"blockwise4_matmul unpacks through {INSIDE}, then multiplies with torch's GEMM", style="dim")
 
 
 def findings() -> dict[str, Any]:
@@ -60,7 +62,7 @@ def findings() -> dict[str, Any]:
         "packages": ", ".join(f"{name} {_installed(name)}" for name in PACKAGES),
     }
     features = backend.cpu_features()
-    facts["cpu kernels"] = ", ".join(f"{key}: {value}" for key, value in features.items() if value is not None)
+    facts["cpu kernels"] = ", ".join(f"{key}: {value}" for key, value in features.items() if value not in (None, ""))
     return facts
 
 

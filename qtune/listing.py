@@ -4,96 +4,73 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
-from .adapters import METHODS
+from .adapters import METHODS, Adapter
 from .quant import SCHEMES
 
 
 def methods(json_out: bool) -> None:
-    """Every method: equation, options with defaults, where it goes, merge, PEFT."""
-    rows: list[dict[str, Any]] = []
-    for name, method in sorted(METHODS.items()):
-        doc = (sys.modules[method.__module__].__doc__ or "").strip()
-        options = {o: p.default for o, p in method.options().items()}
-        rows.append(
-            {
-                "method": name,
-                "equation": doc.splitlines()[0].partition(":")[2].strip().rstrip("."),
-                "options": options,
-                "targets": list(method.targets),
-                "merge": method.mergeable,
-                "peft": method.peft is not None,
-            }
-        )
+    """Every method: equation, paper, options with defaults, where it goes, how it leaves."""
+    rows = [_method(name, method) for name, method in sorted(METHODS.items())]
     if json_out:
         print(json.dumps(rows, indent=2, default=list))
         return
-    _table(
-        "adapter methods",
-        ("method", "equation", "options (defaults)", "targets", "merges", "PEFT"),
-        [
-            (
-                r["method"],
-                r["equation"],
-                ", ".join(f"{k}={_plain(v)}" for k, v in r["options"].items()),
-                ", ".join(r["targets"]),
-                _yes(r["merge"]),
-                _yes(r["peft"]),
-            )
-            for r in rows
-        ],
-    )
+    console = Console(highlight=False)
+    for row in rows:
+        console.print(Text.assemble((row["method"], "bold cyan"), "  ", row["equation"]))
+        facts = {"options": _options(row["options"]), "targets": ", ".join(row["targets"]), "source": row["source"]}
+        facts["leaves as"] = "merged weights" * row["merges"] + ", PEFT adapter" * row["peft"]
+        for key, value in facts.items():
+            console.print(Padding(Text.assemble((f"{key:10}", "dim"), value), (0, 0, 0, 6)))
+    console.print(Text("use one as `adapter: {method: NAME, ...}` in a recipe, or adapter.method=NAME", style="dim"))
+
+
+def _method(name: str, method: type[Adapter]) -> dict[str, Any]:
+    doc = (sys.modules[method.__module__].__doc__ or "").strip()
+    head, _, rest = doc.partition("\n\n")
+    source = re.match(r".*?\(.*?\)", " ".join(rest.split()))
+    return {
+        "method": name,
+        "equation": " ".join(head.split()).partition(":")[2].strip().rstrip("."),
+        "source": source[0] if source else "",
+        "options": {o: p.default for o, p in method.options().items()},
+        "targets": list(method.targets),
+        "merges": method.mergeable,
+        "peft": method.peft is not None,
+    }
 
 
 def schemes(json_out: bool) -> None:
     """Every scheme: what it is, bits per weight at 4096 x 4096, options with defaults."""
     rows: list[dict[str, Any]] = []
     for name, cls in sorted(SCHEMES.items()):
-        scheme = cls()
+        scheme, what = cls(), " ".join((inspect.getdoc(cls) or "").split())
         options = {k: v for k, v in scheme.to_dict().items() if k != "name"}
         rows.append(
-            {
-                "scheme": name,
-                "what": inspect.getdoc(cls),
-                "bits_per_weight": round(scheme.bits_per_weight(), 3),
-                "options": options,
-            }
+            {"scheme": name, "what": what, "bits_per_weight": round(scheme.bits_per_weight(), 3), "options": options}
         )
     if json_out:
         print(json.dumps(rows, indent=2))
         return
-    cells = [
-        (
-            r["scheme"],
-            r["what"],
-            f"{r['bits_per_weight']:g}",
-            ", ".join(f"{k}={_plain(v)}" for k, v in r["options"].items()),
-        )
-        for r in rows
-    ]
-    _table("storage schemes", ("scheme", "what", "bits per weight", "options (defaults)"), cells)
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, style="bold" if i == 0 else None, no_wrap=i == 0)
+    table = Table(box=None, pad_edge=False)
+    for column in ("scheme", "bits per weight", "options", "what"):
+        table.add_column(column, style="bold cyan" if column == "scheme" else None)
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(row["scheme"], f"{row['bits_per_weight']:g}", _options(row["options"]), row["what"])
+    Console(highlight=False).print(table)
+
+
+def _options(options: dict[str, Any]) -> str:
+    return " ".join(f"{key}={_plain(value)}" for key, value in options.items()) or "none"
 
 
 def _plain(value: Any) -> str:
-    return (
-        "|".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
-    )
-
-
-def _yes(flag: bool) -> str:
-    return "yes" if flag else "no"
+    return ",".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)

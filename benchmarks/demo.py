@@ -1,0 +1,41 @@
+"""The demo as a measurement: accuracy before and after, seconds, peak memory, on this machine.
+
+    python benchmarks/demo.py [FOLDER]     runs `qtune demo` in a process of its own, writes benchmarks/results/demo.json
+Fetching is not timed apart: the model and the task lie in FOLDER (default: demo) after the first run.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from results import machine, write
+
+RESULTS = Path(__file__).parent / "results" / "demo.json"
+
+
+def main() -> None:
+    folder = sys.argv[1] if len(sys.argv) > 1 else "demo"
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "qtune", "demo", "--out", folder, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    write(
+        RESULTS,
+        {
+            "command": "python benchmarks/demo.py",
+            **machine(),
+            "total_seconds": seconds,
+            "peak_bytes": peak,
+            **json.loads(done.stdout),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What every results file says of the machine, and how the README's tables are filled from the results files.
+
+python benchmarks/results.py           rewrites what stands between `<!-- NAME -->` and `<!-- end -->` in README.md
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "safetensors")
+
+
+def machine() -> dict[str, Any]:
+    """Date, hardware and versions, for a results file."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "hardware": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    """A results file, indented."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+    print(f"wrote {path}")
+
+
+def _cpu() -> str:
+    try:
+        return next(line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _source(name: str, value: dict[str, Any]) -> str:
+    versions = value["versions"]
+    where = f"{value['hardware']['cpu']}, {value['hardware']['cores']} cores"
+    return f"({where}; torch {versions['torch']}, transformers {versions['transformers']}; {value['date'][:10]}; `benchmarks/results/{name}.json`)"
+
+
+def load_table(value: dict[str, Any]) -> list[str]:
+    """Peak memory of loading a 1B-shaped checkpoint, in MiB."""
+    rows = [
+        "| loader | peak anonymous memory | bound: packed + two largest tensors | seconds |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in value["rows"]:
+        peak = f"{(row['peak'] - row['base']) / 2**20:,.0f} MiB"
+        bound = f"{(row['bound']) / 2**20:,.0f} MiB" if row["loader"].startswith("qtune") else ""
+        rows.append(f"| {row['loader']} | {peak} | {bound} | {row['seconds']:.0f} |")
+    return rows
+
+
+def demo_table(value: dict[str, Any]) -> list[str]:
+    """The demo's outcome in one row."""
+    before, after = value["before"], value["after"]
+    return [
+        "| accuracy before | after | always the more frequent answer | training | whole demo | peak memory |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| {before['accuracy']:.1%} | {after['accuracy']:.1%} | {after['chance']:.1%} | {value['seconds']:.0f} s "
+        f"| {value['total_seconds']:.0f} s | {value['peak_bytes'] / 2**30:.2f} GiB |",
+    ]
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"load": load_table, "demo": demo_table}
+
+
+def main() -> None:
+    text = README.read_text("utf-8")
+    for name, table in TABLES.items():
+        value = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+        body = "\n".join((f"<!-- {name} -->", *table(value), "", _source(name, value), "<!-- end -->"))
+        text, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _: body, text, flags=re.DOTALL)
+        assert count == 1, f"README.md has {count} places for {name}"
+    README.write_text(text, "utf-8")
+    print(f"wrote the tables of {README}")
+
+
+if __name__ == "__main__":
+    main()
