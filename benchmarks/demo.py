@@ -1,6 +1,6 @@
 """The demo as a measurement: accuracy before and after, seconds, peak memory, on this machine.
 
-    python benchmarks/demo.py [FOLDER]     runs `qtune demo` in a process of its own, writes benchmarks/results/demo.json
+    python benchmarks/demo.py [FOLDER]     runs `qtune demo` in a process of its own; writes results/demo.json
 Fetching is not timed apart: the model and the task lie in FOLDER (default: demo) after the first run.
 """
 

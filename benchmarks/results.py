@@ -57,7 +57,8 @@ def _version(name: str) -> str:
 def _source(name: str, value: dict[str, Any]) -> str:
     versions = value["versions"]
     where = f"{value['hardware']['cpu']}, {value['hardware']['cores']} cores"
-    return f"({where}; torch {versions['torch']}, transformers {versions['transformers']}; {value['date'][:10]}; `benchmarks/results/{name}.json`)"
+    packages = f"torch {versions['torch']}, transformers {versions['transformers']}"
+    return f"({where}; {packages}; {value['date'][:10]}; `benchmarks/results/{name}.json`)"
 
 
 def load_table(value: dict[str, Any]) -> list[str]:
@@ -92,8 +93,9 @@ def main() -> None:
     for name, table in TABLES.items():
         value = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
         body = "\n".join((f"<!-- {name} -->", *table(value), "", _source(name, value), "<!-- end -->"))
-        text, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _: body, text, flags=re.DOTALL)
-        assert count == 1, f"README.md has {count} places for {name}"
+        places = re.findall(rf"<!-- {name} -->.*?<!-- end -->", text, flags=re.DOTALL)
+        assert len(places) == 1, f"README.md has {len(places)} places for {name}"
+        text = text.replace(places[0], body)
     README.write_text(text, "utf-8")
     print(f"wrote the tables of {README}")
 

@@ -1,5 +1,5 @@
-"""Talk to a run or to a model, word by word. The tokenizer's chat template is used where there is one; else the text
-is simply continued."""
+"""Talk to a run or to a model, word by word. The run's own chat template (data.template) or else the tokenizer's is
+used where there is one; without any the text is simply continued."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
+from .encode import read_template
 from .errors import QtuneError
 from .evaluate import generate
+from .model.source import open_source
 from .recipe import Recipe
 from .runs import is_run, load_base, open_run
 from .screen import Screen
@@ -23,45 +27,61 @@ def chat(
     system: str | None,
     max_new_tokens: int,
     temperature: float,
-    scheme: str,
-    device: str,
+    scheme: str | None,
+    device: str | None,
     emit: Callable[[Any], None],
 ) -> None:
-    """One answer to `prompt`, or a conversation over stdin until it ends (Ctrl-D, `/exit`); `/new` forgets."""
+    """One answer to `prompt`, or a conversation over stdin until it ends (Ctrl-D, `/exit`); `/new` forgets. `emit`
+    gets the pair of prompt and answer, of a conversation the list of them when it ends."""
     if temperature < 0 or max_new_tokens < 1:
         raise QtuneError(
             f"--temperature must be 0 or more (is {temperature}), --max-new-tokens 1 or more (is {max_new_tokens})"
         )
+    template = None
     if is_run(source):
+        if scheme is not None:
+            raise QtuneError(f"--scheme {scheme}: {source} is a run, whose base is stored as its recipe says")
         run = open_run(Path(source), screen, device=device)
-        model, tokenizer = run.model, run.tokenizer
+        model, tokenizer, named = run.model, run.tokenizer, run.recipe.data.template
+        template = read_template(named) if named else None
     else:
-        recipe = Recipe.load({"model": source, "scheme": scheme, "device": device}, training=False)
-        model, tokenizer = load_base(recipe, screen)
+        tree = {"model": source, "device": device or "auto"} | ({} if scheme is None else {"scheme": scheme})
+        recipe = Recipe.load(tree, training=False)
+        stored = scheme is None and open_source(source).kind == "qtune"
+        model, tokenizer = load_base(recipe, screen, stored=stored)
     start = [{"role": "system", "content": system}] if system else []
     turns = list(start)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if prompt is not None:
-        answer = generate(model, tokenizer, _ids(tokenizer, [*turns, {"role": "user", "content": prompt}]), **options)
+        answer = generate(
+            model, tokenizer, _ids(tokenizer, template, [*turns, {"role": "user", "content": prompt}]), **options
+        )
         screen.line(answer)
         emit({"prompt": prompt, "answer": answer})
         return
     screen.line("/new starts over, /exit or Ctrl-D ends", "dim")
-    while (text := _ask()) is not None:
+    told = []
+    while (text := _ask(screen)) is not None:
         if text == "/new":
             turns = list(start)
             continue
         turns.append({"role": "user", "content": text})
-        answer = generate(model, tokenizer, _ids(tokenizer, turns), stream=True, **options)
+        ids = _ids(tokenizer, template, turns)
+        answer = generate(model, tokenizer, ids, stream=screen.console.file, **options)
         turns.append({"role": "assistant", "content": answer})
-        emit({"prompt": text, "answer": answer})
+        told.append({"prompt": text, "answer": answer})
+    emit(told)
 
 
-def _ask() -> str | None:
+def _ask(screen: Screen) -> str | None:
     """The next line of the user that is not empty, or None at the end."""
     while True:
+        prompt = "> " if sys.stdin.isatty() else ""
+        if screen.console.stderr:  # stdout is for the JSON alone, and input() writes there
+            print(prompt, end="", file=sys.stderr, flush=True)
+            prompt = ""
         try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
+            text = input(prompt).strip()
         except EOFError:
             return None
         if text == "/exit":
@@ -70,11 +90,11 @@ def _ask() -> str | None:
             return text
 
 
-def _ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
-    if tokenizer.chat_template:
-        return list(
-            tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)[
-                "input_ids"
-            ]
-        )
+def _ids(tokenizer: Any, template: str | None, turns: list[dict[str, str]]) -> list[int]:
+    if template or tokenizer.chat_template:
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        try:
+            return list(tokenizer.apply_chat_template(turns, chat_template=template, **options)["input_ids"])
+        except jinja2.TemplateError as error:
+            raise QtuneError(f"the chat template refuses the conversation: {error}") from error
     return list(tokenizer("\n".join(turn["content"] for turn in turns))["input_ids"])

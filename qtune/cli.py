@@ -73,8 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--system", help="system message")
     sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    sub.add_argument("--scheme", default="nf4", help="how a MODEL is quantized while loading (nf4)")
-    sub.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    sub.add_argument("--scheme", help="how a MODEL is quantized while loading; default: as it is packed, or nf4")
+    sub.add_argument("--device", help="auto, cuda, mps or cpu; default: the recipe's, for a MODEL auto")
 
     sub = command("quantize", "Write a packed checkpoint that loads without the original.")
     sub.add_argument("model", metavar="MODEL", help="checkpoint folder, .gguf file or hub id")
@@ -126,15 +126,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QtuneError as error:
         return _fail(args, str(error), 1)
     except Exception as error:  # noqa: BLE001 (the last door: whatever comes is told in a paragraph)
-        if "out of memory" in str(error).lower():
-            return _fail(
-                args,
-                f"{str(error).splitlines()[0]}; lower train.micro_batch or data.max_length, or set train.checkpointing",
-                1,
-            )
+        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY):
+            reason = (str(error).splitlines() or ["out of memory"])[0]
+            return _fail(args, f"{reason}; {FREE_MEMORY.get(args.command, 'free some memory, or use --device cpu')}", 1)
+        if isinstance(error, OSError):  # a full disk, a folder without rights ...
+            return _fail(args, str(error), 1)
         return _fail(
             args, f"{type(error).__name__}: {error} (not foreseen: please report it with the output of --debug)", 1
         )
+
+
+# how torch says on GPUs, on Linux and on Windows that memory is full; and what helps
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+FREE_MEMORY = {
+    "train": "lower train.micro_batch or data.max_length, or set train.checkpointing",
+    "eval": "give a smaller --batch",
+}
 
 
 def _fail(args: argparse.Namespace, text: str, code: int) -> int:
@@ -186,8 +193,8 @@ def _train(args: argparse.Namespace) -> None:
     )
     if result.interrupted:
         screen.line(
-            f"go on from these weights:  qtune train {_quoted(args.recipe)} --from {_quoted(run)} "
-            f"output={_quoted(f'{run}-2')}"
+            f"go on from these weights:  qtune train {_quoted(run / 'recipe.yaml')} --from {_quoted(run)} "
+            f"{_quoted(f'output={run}-2')}"
         )
     screen.line(f"next:  qtune eval {_quoted(run)}   qtune merge {_quoted(run)}   qtune chat {_quoted(run)}")
     evals = {name: e.to_dict() for name, e in (("before", result.before), ("after", result.after)) if e is not None}
@@ -214,6 +221,8 @@ def _eval(args: argparse.Namespace) -> None:
     from .step import LanguageModel
 
     screen = _screen(args)
+    if args.batch is not None and args.batch < 1:
+        raise QtuneError(f"--batch is {args.batch}; legal: 1 or more")
     run = open_run(Path(args.run), screen, device=args.device)
     keys = run.recipe.data
     path = args.data or keys.eval
@@ -287,13 +296,17 @@ def _quantize(args: argparse.Namespace) -> None:
     from .recipe import Recipe
     from .runs import quantize
     from .screen import size
+    from .yaml_text import dump_yaml
 
     screen = _screen(args)
     embeddings = [f"scheme.embeddings={args.embeddings}"] if args.embeddings else []
     options = [*embeddings, *(f"scheme.{option}" for option in args.overrides)]
     recipe = Recipe.load({"model": args.model, "scheme": args.scheme, "dtype": args.dtype}, options, training=False)
     nbytes = quantize(recipe, Path(args.out), screen=screen)
-    screen.line(f"wrote {args.out}: {recipe.scheme}, {size(nbytes)}; use it in a recipe as `model: {args.out}`")
+    screen.line(f"wrote {args.out}: {recipe.scheme}, {size(nbytes)}; use it in a recipe as")
+    screen.line(
+        dump_yaml({key: recipe.with_({"model": args.out}).to_dict()[key] for key in ("model", "scheme")}).rstrip()
+    )
     _emit(args, {"out": args.out, "scheme": recipe.scheme.to_dict(), "bytes": nbytes})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,13 +33,13 @@ DATA_PACKAGE, DATA_FILE = "evals==3.0.1.post1", "evals/registry/data/sarcasm/sam
 TRAIN, HELD_OUT = 1600, 250
 QUESTION = "Is this headline satire or news?"
 RECIPE = """\
-model: {folder}/model/SmolLM2-135M-Instruct.Q4_1.gguf
+model: "{folder}/model/SmolLM2-135M-Instruct.Q4_1.gguf"
 dtype: bfloat16
 scheme: {{name: nf4, block: 64, double: true}}
 adapter: {{method: lora, targets: all-linear, rank: 16, alpha: 32}}
-data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, max_length: 128}}
-train: {{epochs: 1, micro_batch: 8, lr: 5.0e-4, schedule: linear, warmup: 0.05, checkpointing: false, seed: 0}}
-output: {folder}/run
+data: {{train: "{folder}/train.jsonl", eval: "{folder}/eval.jsonl", max_length: 128}}
+train: {{epochs: 1, micro_batch: 8, lr: 2.5e-4, schedule: linear, warmup: 0.05, checkpointing: false, seed: 0}}
+output: "{folder}/run"
 """
 
 
@@ -89,9 +90,10 @@ def _closing(folder: Path, result: Any, screen: Screen) -> None:
     screen.line()
     screen.line("try next:")
     command = ".venv/bin/qtune" if Path(".venv/bin/qtune").exists() else "qtune"
-    screen.line(f'  {command} chat {folder}/run --system "{QUESTION}" --prompt "area man wins argument with toaster"')
-    screen.line(f"  {command} eval {folder}/run --base")
-    screen.line(f"  {command} train {folder}/recipe.yaml scheme=int8 adapter.method=dora output={folder}/run-2")
+    run, recipe, second = (shlex.quote(text) for text in (f"{folder}/run", f"{folder}/recipe.yaml", f"{folder}/run-2"))
+    screen.line(f'  {command} chat {run} --system "{QUESTION}" --prompt "area man wins argument with toaster"')
+    screen.line(f"  {command} eval {run} --base")
+    screen.line(f"  {command} train {recipe} scheme=int8 adapter.method=dora output={second}")
     screen.line(f"  {command} methods")
 
 

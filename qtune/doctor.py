@@ -73,7 +73,8 @@ def _cuda() -> str:
     found = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: use dtype float16 or float32"
+        fast = properties.major >= 8 or torch.version.hip  # torch's own test also counts bf16 that is emulated
+        bf16 = "bf16" if fast else "no fast bf16: dtype float32 is safe, float16 trains without loss scaling"
         found.append(
             f"cuda:{i} {properties.name}, {size(properties.total_memory)}, "
             f"sm{properties.major}{properties.minor}, {bf16}"

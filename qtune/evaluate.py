@@ -7,13 +7,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .data import Batch, Example, batches, collate
+from .errors import QtuneError
+from .loss import CHUNK_ELEMENTS
 from .step import LanguageModel
 
 MAX_CHOICES = 8  # more distinct answers than this are not a choice
@@ -37,10 +39,10 @@ class EvalResult:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for metrics and --json."""
+        """Plain values for metrics and --json; null where one is not finite, which JSON cannot say."""
         out: dict[str, Any] = {
-            "eval_loss": self.loss,
-            "perplexity": self.perplexity,
+            "eval_loss": self.loss if math.isfinite(self.loss) else None,
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
             "eval_tokens": self.tokens,
             "eval_examples": self.examples,
         }
@@ -145,9 +147,14 @@ def _log_likelihood(model: LanguageModel, batch: Batch) -> Tensor:
     hidden = model.hidden(batch.input_ids, batch.attention_mask)[:, :-1]
     target = batch.labels[:, 1:]
     row, place = torch.nonzero(target != -100, as_tuple=True)
-    logits = model.transform(model.head(hidden[row, place])).float()
-    scores = -F.cross_entropy(logits, target[row, place], reduction="none")
-    return torch.zeros(target.shape[0], device=scores.device).index_add_(0, row, scores)
+    hidden, target = hidden[row, place], target[row, place]
+    out = torch.zeros(len(batch.labels), device=hidden.device)
+    chunk = max(16, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)  # long answers: as in the loss
+    for start in range(0, len(row), chunk):
+        part = slice(start, start + chunk)
+        logits = model.transform(model.head(hidden[part])).float()
+        out.index_add_(0, row[part], -F.cross_entropy(logits, target[part], reduction="none"))
+    return out
 
 
 @torch.no_grad()
@@ -158,23 +165,25 @@ def generate(
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
-    stream: bool = False,
+    stream: IO[str] | None = None,
 ) -> str:
     """Continue a prompt; greedy at temperature 0. Stops at the tokenizer's EOS or the model's own stop tokens.
     Returns the new text only.
 
-    stream: also print it word by word on stdout.
+    stream: also print it there, word by word.
     """
-    from transformers import TextStreamer
-
+    if not prompt_ids:
+        raise QtuneError(
+            "the prompt is empty, and the tokenizer puts nothing before a text: there is nothing to continue"
+        )
     device = next(model.parameters()).device
     ids = torch.tensor([list(prompt_ids)], device=device)
     stops = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
-    if stream:
-        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if stream is not None:
+        options["streamer"] = _streamer(tokenizer, stream)
     options["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     mode = model.training
     model.eval()
@@ -183,6 +192,16 @@ def generate(
     finally:
         model.train(mode)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _streamer(tokenizer: Any, stream: IO[str]) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # transformers' own prints on stdout only
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            print(text, end="\n" if stream_end else "", file=stream, flush=True)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -9,11 +9,12 @@ W, so fp32 is on offer.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,12 @@ from .adapters import Adapted
 from .adapters.base import SHARED
 from .adapters.files import load_adapter
 from .checkpoint import Entry, write
-from .data import load_data
+from .data import tokenize
 from .errors import QtuneError, one_of
 from .quant import Dense, QuantEmbedding, QuantLinear
 from .quant.scheme import DTYPES
-from .runs import Run, load_with_bar
+from .records import read_records
+from .runs import Run, licences, load_with_bar
 from .safe_io import write_json, write_text
 from .screen import Screen
 from .verify import Reference, Verification, in_dtype, logits_of, verify
@@ -40,6 +42,7 @@ TEXTS = (
     "def fibonacci(n):\n",
     "Water boils at 100 degrees because",
 )
+T = TypeVar("T")
 Dense32 = Callable[[], tuple[Tensor, Tensor | None]]  # makes the fp32 weight [out, in] and bias of a layer
 
 
@@ -81,7 +84,32 @@ def merge(
     faults = [str(one_of(what, given, legal)) for what, given, legal in choices if given not in legal]
     if faults:
         raise QtuneError("; ".join(faults))
+    base = Path(run.recipe.model).expanduser()
+    if out.exists() and base.exists() and out.resolve() in (base.resolve(), base.resolve().parent):
+        raise QtuneError(f"{out} holds the base model of this run; choose another --out")
     partial_out = _claim(out, overwrite)
+    try:
+        report = _merge(run, out, partial_out, dtype, keep_base, screen)
+    except OSError as error:
+        shutil.rmtree(partial_out, ignore_errors=True)
+        raise QtuneError(f"cannot write {partial_out}: {error}") from error
+    except BaseException:
+        shutil.rmtree(partial_out, ignore_errors=True)
+        raise
+    if not report.verification.passed:
+        lines = "\n".join(report.verification.lines())
+        raise QtuneError(f"the merged checkpoint failed its verification and stays in {partial_out}:\n{lines}")
+    try:
+        if out.exists():
+            shutil.rmtree(out)
+        partial_out.rename(out)
+    except OSError as error:
+        raise QtuneError(f"{partial_out} is verified but cannot take the name {out}: {error}") from error
+    return report
+
+
+def _merge(run: Run, out: Path, partial_out: Path, dtype: str, keep_base: str, screen: Screen) -> MergeReport:
+    """Write to `partial_out` and verify."""
     prompts, model, trained = prompts_of(run), run.model, None
     if keep_base == "original":
         with in_dtype(model, torch.float32):
@@ -94,12 +122,6 @@ def merge(
     base_kl = None if trained is None else float(Reference(prompts, trained, 0.0).kl(reference.logits).mean())
     report = MergeReport(out, dtype, keep_base, nbytes, verification, base_kl)
     write_text(partial_out / "README.md", _model_card(run, report))
-    if not verification.passed:
-        lines = "\n".join(verification.lines())
-        raise QtuneError(f"the merged checkpoint failed its verification and stays in {partial_out}:\n{lines}")
-    if out.exists():
-        shutil.rmtree(out)
-    partial_out.rename(out)
     return report
 
 
@@ -119,16 +141,21 @@ def _claim(out: Path, overwrite: bool) -> Path:
 
 
 def prompts_of(run: Run) -> list[list[int]]:
-    """Token ids of real prompts: the run's own data where it still lies there, else a few sentences."""
+    """Token ids of real prompts: the run's own data where it can still be read, else a few sentences."""
     keys = run.recipe.data
-    path = next((p for p in (keys.eval, keys.train) if p and Path(p).is_file()), None)
-    if path is None:
-        return [list(run.tokenizer(text)["input_ids"]) for text in TEXTS]
-    examples, _ = load_data(
-        path, run.tokenizer, max_length=keys.max_length, loss_on=keys.loss_on, template=keys.template
-    )
-    chosen = examples[:: max(1, len(examples) // PROMPTS)][:PROMPTS]
-    return [list(example.input_ids[:PROMPT_TOKENS]) for example in chosen]
+    for path in filter(None, (keys.eval, keys.train)):
+        with suppress(QtuneError):  # the data moved or changed since: not a fault of the merge
+            records = _spread(read_records(path))
+            examples, _ = tokenize(
+                records, run.tokenizer, max_length=keys.max_length, loss_on="all", template=keys.template
+            )
+            return [list(example.input_ids[:PROMPT_TOKENS]) for example in _spread(examples)]
+    return [list(run.tokenizer(text)["input_ids"]) for text in TEXTS]
+
+
+def _spread(items: Sequence[T]) -> Sequence[T]:
+    """A few of them, from all over."""
+    return items[:: max(1, len(items) // PROMPTS)][:PROMPTS]
 
 
 # ---- writing ----
@@ -217,22 +244,17 @@ def _write_companions(run: Run, model: Any, out: Path, dtype: str) -> None:
     config = model.config.to_dict()
     for key in ("quantization_config", "qtune", "_name_or_path"):
         config.pop(key, None)
-    tied = tied_head(model) is not None
-    config |= {"architectures": [type(model).__name__], "dtype": dtype, "tie_word_embeddings": tied}
-    write_json(out / "config.json", config)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(out)
+    changes = {"dtype": dtype, "tie_word_embeddings": tied_head(model) is not None}
+    for inner in config.values():  # a text_config, as in multimodal models, says it again
+        if isinstance(inner, dict):
+            inner.update({key: value for key, value in changes.items() if key in inner})
+    write_json(out / "config.json", config | {"architectures": [type(model).__name__]} | changes)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        # not save_pretrained: it refuses values that many published models hold (a temperature without sampling)
+        write_text(out / "generation_config.json", generation.to_json_string())
     run.tokenizer.save_pretrained(out)
     for path in licences(run.recipe.model):
         shutil.copyfile(path, out / path.name)
-
-
-def licences(source: str) -> list[Path]:
-    """LICENSE and NOTICE files that lie with a base model (in its folder, beside its .gguf, or in the hub's cache)."""
-    path = Path(source).expanduser()
-    folder = path.parent if path.is_file() else path
-    starts = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-    return sorted(p for p in folder.glob("*") if p.is_file() and p.name.upper().startswith(starts))
 
 
 def _on_original(run: Run, dtype: str, screen: Screen) -> Any:
@@ -253,12 +275,13 @@ def _model_card(run: Run, report: MergeReport) -> str:
         "trained": "the base as it was trained on (dequantized)",
         "original": "the original weights before quantization",
     }
+    model, data = (Path(p).name if Path(p).is_absolute() else p for p in (recipe.model, recipe.data.train or "unknown"))
     lines = (
         f"# {run.folder.resolve().name}",
         "",
-        f"- base model: {recipe.model}",
+        f"- base model: {model}",
         f"- licence of the base: {names}",
-        f"- trained with qtune {__version__}: {recipe.adapter.method} on {recipe.scheme}, data {recipe.data.train}",
+        f"- trained with qtune {__version__}: {recipe.adapter.method} on {recipe.scheme}, data {data}",
         f"- merged onto {bases[report.keep_base]}, in {report.dtype}",
         "- verification against base + adapter:",
         "",

@@ -73,4 +73,6 @@ def _options(options: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

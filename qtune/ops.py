@@ -75,7 +75,7 @@ def blockwise4_pack(w: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
             scaled = torch.cat((scaled, (part[full:] / tail).clamp(-1, 1)))
         if scaled.numel() % 2:
             scaled = torch.nn.functional.pad(scaled, (0, 1))
-        code = order[torch.bucketize(scaled, middle, out_int32=True)]
+        code = order.index_select(0, torch.bucketize(scaled, middle, out_int32=True))  # [...] would copy to int64
         absmax[start // block : start // block + peak.numel()] = peak
         codes[start // 2 : start // 2 + code.numel() // 2] = (code[::2] << 4) | code[1::2]
     return codes, absmax
@@ -129,7 +129,8 @@ def blockwise4_unpack_into(
     scales = block_scales(absmax, nested_absmax, nested_offset)
     for start in range(0, n, step):
         size = min(step, n - start)
-        values = both[codes[start // 2 : (start + size + 1) // 2].to(torch.int32)].view(-1)[:size]
+        byte = codes[start // 2 : (start + size + 1) // 2].to(torch.int32)
+        values = both.index_select(0, byte).view(-1)[:size]
         full = size // block * block
         scale = scales[start // block : start // block - (size // -block)]
         torch.mul(
@@ -180,7 +181,7 @@ def blockwise4_rows(
 ) -> Tensor:
     """Gather rows: ids int64 [...] -> [..., shape[1]], touching only the bytes of those rows.
 
-    An id outside of the table is an IndexError.
+    An id outside of the table is an IndexError on the CPU, a device-side assertion on CUDA.
     """
     width = shape[1]
     flat, out = ids.reshape(-1).long(), torch.empty((ids.numel(), width), dtype=dtype, device=codes.device)
@@ -273,16 +274,15 @@ INT8_STEP = 1.0 / 127.0
 def int8_pack(w: Tensor) -> tuple[Tensor, Tensor]:
     """w [out, in] -> codes int8 [out, in], absmax fp32 [out]; round half to even, as bitsandbytes'
     `int8_vectorwise_quant`."""
-    absmax = w.abs().amax(dim=1).float() if w.shape[1] else w.new_zeros(w.shape[0], dtype=torch.float32)
+    absmax = torch.zeros(w.shape[0], dtype=torch.float32, device=w.device)
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    factor = torch.where(absmax > 0, 127.0 / absmax, 0.0).unsqueeze(1)
     rows = max(1, CHUNK // max(1, w.shape[1]))
-    for start in range(0, w.shape[0], rows):
+    for start in range(0, w.shape[0] if w.shape[1] else 0, rows):
+        part = w[start : start + rows].float()
+        peak = absmax[start : start + rows] = part.abs().amax(dim=1)
+        factor = torch.where(peak > 0, 127.0 / peak, 0.0).unsqueeze(1)
         # the clamp matters for a subnormal absmax only, whose reciprocal overflows
-        scaled = (
-            (w[start : start + rows].float() * factor[start : start + rows]).nan_to_num_().round_().clamp_(-127, 127)
-        )
-        codes[start : start + rows] = scaled
+        codes[start : start + rows] = (part * factor).nan_to_num_().round_().clamp_(-127, 127)
     return codes, absmax
 
 
@@ -294,7 +294,12 @@ def _(w: Tensor) -> tuple[Tensor, Tensor]:
 def int8_unpack(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """codes int8 [out, in], absmax fp32 [out] -> [out, in]: fp32 product, rounded once."""
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    return torch.mul(codes, (absmax * INT8_STEP).unsqueeze(1), out=out)
+    scale = (absmax * INT8_STEP).unsqueeze(1)
+    rows = max(1, CHUNK // max(1, codes.shape[1]))  # on the CPU torch.mul copies what it casts
+    for start in range(0, codes.shape[0], rows):
+        part = slice(start, start + rows)
+        torch.mul(codes[part], scale[part], out=out[part])
+    return out
 
 
 @_op(int8_unpack)
@@ -303,7 +308,7 @@ def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def int8_rows(ids: Tensor, codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gather rows: ids int64 [...] -> [..., in]. An id outside of the table is an IndexError."""
+    """Gather rows: ids int64 [...] -> [..., in]. An id outside of the table: see `blockwise4_rows`."""
     flat = ids.reshape(-1)
     rows = torch.empty((flat.numel(), codes.shape[1]), dtype=dtype, device=codes.device)
     torch.mul(codes.index_select(0, flat), (absmax.index_select(0, flat) * INT8_STEP).unsqueeze(1), out=rows)

@@ -28,7 +28,8 @@ def lr_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
 
 
 class AdamW:
-    """AdamW over named parameters; `scales` are factors on the learning rate by parameter name (LoRA+)."""
+    """AdamW over named parameters; `scales` are factors on the learning rate by parameter name (LoRA+). Weight decay
+    acts on matrices only."""
 
     def __init__(
         self,
@@ -41,14 +42,18 @@ class AdamW:
         scales: Mapping[str, float] | None = None,
     ) -> None:
         self.pairs: list[tuple[nn.Parameter, Tensor]] = []  # (parameter, what the inner optimizer updates)
-        groups: dict[float, list[Tensor]] = {}
+        groups: dict[tuple[float, bool], list[Tensor]] = {}
         for name, parameter in parameters:
             wide = parameter.detach().float() if master_weights and parameter.dtype != torch.float32 else parameter
             self.pairs.append((parameter, wide))
-            groups.setdefault((scales or {}).get(name, 1.0), []).append(wide)
+            # vectors (magnitudes, scales) rest at a start that is not 0, so decay would pull them away from it
+            groups.setdefault(((scales or {}).get(name, 1.0), wide.dim() > 1), []).append(wide)
         self.lr = lr
-        options = [{"params": tensors, "scale": scale} for scale, tensors in groups.items()]
-        self.inner = torch.optim.AdamW(options, lr=lr, betas=betas, weight_decay=weight_decay)
+        options = [
+            {"params": tensors, "scale": scale, "weight_decay": weight_decay * matrix}
+            for (scale, matrix), tensors in groups.items()
+        ]
+        self.inner = torch.optim.AdamW(options, lr=lr, betas=betas)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

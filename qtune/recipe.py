@@ -49,7 +49,7 @@ class TrainKeys:
     lr: float = key("number", "peak learning rate", 2.0e-4, above=0)
     schedule: str = key("choice", "learning rate after the warmup", "cosine", legal=("constant", "linear", "cosine"))
     warmup: float = key("warmup", "rise of the learning rate: a fraction of the run if below 1, else steps", 0.03)
-    weight_decay: float = key("number", "AdamW's decoupled weight decay", 0.0, low=0)
+    weight_decay: float = key("number", "AdamW's decoupled weight decay, of matrices only", 0.0, low=0)
     betas: tuple[float, float] = key("betas", "AdamW's two decay rates", (0.9, 0.999))
     clip: float | None = key("number", "largest norm of the gradient; null: no clipping", 1.0, above=0, null=True)
     checkpointing: bool = key("flag", "recompute activations in the backward pass: less memory, more time", True)

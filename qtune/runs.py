@@ -6,7 +6,9 @@ A run holds recipe.yaml, adapter.safetensors, adapter.json, metrics.jsonl, and m
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from .adapters.files import load_adapter
 from .errors import QtuneError
 from .model import load, load_tokenizer, save_quantized
+from .model.source import open_source
 from .quant import QuantEmbedding, QuantLinear
 from .quant.scheme import DTYPES
 from .recipe import Recipe
@@ -53,28 +56,47 @@ def read_recipe(folder: Path) -> Recipe:
 def open_run(folder: Path, screen: Screen, *, device: str | None = None) -> Run:
     """Load base, tokenizer and adapter of a run."""
     recipe = read_recipe(folder)
+    if Path(recipe.model).is_absolute() and not Path(recipe.model).exists():
+        raise QtuneError(
+            f"the base of {folder} is gone: there is no {recipe.model}; "
+            f"put it back, or set `model` in {folder / RECIPE} to where it lies now"
+        )
     model, tokenizer = load_base(recipe, screen, device=device)
     load_adapter(model, folder)
     return Run(folder, recipe, model, tokenizer)
 
 
-def load_base(recipe: Recipe, screen: Screen, *, device: str | None = None) -> tuple[Any, Any]:
-    """Base and tokenizer of a recipe, quantized while loading, with a bar."""
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with its files and folders as absolute paths, so that its run can be read from any folder."""
+
+    def absolute(value: str | None) -> str | None:
+        path = Path(value or "").expanduser()
+        return str(path.absolute()) if value and "{" not in value and path.exists() else value
+
+    data, output = recipe.data, recipe.output and str(Path(recipe.output).expanduser().absolute())
+    data = replace(data, train=absolute(data.train), eval=absolute(data.eval), template=absolute(data.template))
+    return replace(recipe, model=absolute(recipe.model) or recipe.model, data=data, output=output)
+
+
+def load_base(recipe: Recipe, screen: Screen, *, device: str | None = None, stored: bool = False) -> tuple[Any, Any]:
+    """Base and tokenizer of a recipe, quantized while loading, with a bar. stored: a packed model, kept as it is
+    packed, whatever the recipe says."""
     target = pick_device(device or recipe.device)
     tokenizer = load_tokenizer(recipe.model)
     model = load_with_bar(
         recipe.model,
         screen,
-        scheme=recipe.scheme,
-        embeddings=recipe.embeddings,
+        scheme=None if stored else recipe.scheme,
+        embeddings=None if stored else recipe.embeddings,
         dtype=DTYPES[recipe.dtype],
         device=target,
     )
     packed = sum(p.packed.numel() for p in model.modules() if isinstance(p, (QuantLinear, QuantEmbedding)))
     other = sum(p.numel() * p.element_size() for p in model.parameters()) - packed
-    screen.line(
-        f"base  {recipe.model} on {target}: {recipe.scheme}, {size(packed)} packed + {size(other)} in {recipe.dtype}"
-    )
+    sizes = f"{size(packed)} packed + {size(other)} in {recipe.dtype}"
+    screen.line(f"base  {recipe.model} on {target}: {model.qtune.scheme}, {sizes}")
+    for note in model.qtune.notes:
+        screen.line(f"note: {note}", "yellow")
     return model, tokenizer
 
 
@@ -97,13 +119,26 @@ def load_with_bar(source: str, screen: Screen, **options: Any) -> Any:
 
 
 def quantize(recipe: Recipe, out: Path, *, screen: Screen | None = None) -> int:
-    """Write the packed checkpoint of a recipe's model, which `load` reads without the original. Returns its bytes."""
+    """Write the packed checkpoint of a recipe's model, which `load` reads without the original, with the licence.
+    Returns its bytes."""
     if (out / "config.json").exists():
         raise QtuneError(f"{out} already holds a checkpoint; choose another --out")
     options = {"scheme": recipe.scheme, "embeddings": recipe.embeddings, "dtype": DTYPES[recipe.dtype]}
     model = load_with_bar(recipe.model, screen or Screen(quiet=True), **options)
     save_quantized(model, load_tokenizer(recipe.model), out)
+    for path in licences(recipe.model):
+        shutil.copyfile(path, out / path.name)
     return sum(path.stat().st_size for path in out.glob("*.safetensors"))
+
+
+def licences(source: str) -> list[Path]:
+    """LICENSE and NOTICE files that lie with a base model (in its folder, beside its .gguf, or in the hub's cache)."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = open_source(source).path
+    folder = path.parent if path.is_file() else path
+    starts = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+    return sorted(p for p in folder.glob("*") if p.is_file() and p.name.upper().startswith(starts))
 
 
 def pick_device(name: str) -> torch.device:
@@ -112,8 +147,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     count = torch.cuda.device_count()
-    index = int(name.partition(":")[2] or 0)
-    if (name.startswith("cuda") and index >= count) or (name == "mps" and not mps):
+    legal = re.fullmatch(r"cpu|mps|cuda(:\d+)?", name)
+    index = int(name.partition(":")[2] or 0) if legal else 0
+    if not legal or (name.startswith("cuda") and index >= count) or (name == "mps" and not mps):
         have = [f"cuda:{i}" for i in range(count)] + ["mps"] * mps + ["cpu"]
         raise QtuneError(
             f"device {name!r} is not there (torch {torch.__version__}); this machine has {', '.join(have)}"

@@ -7,6 +7,7 @@ micro-batches of one sample equal one of two, whatever their lengths (transforme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,7 +38,7 @@ class BatchLike(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over trained tokens; grad_norm: before clipping."""
+    """loss: mean over trained tokens; grad_norm: before clipping; tokens: padding left out."""
 
     loss: float
     grad_norm: float
@@ -115,19 +116,20 @@ class TrainStep:
         """One optimizer step, 1-based `step` of `steps`, at `factor` times the learning rate. Raises NonFinite before
         any weight changes."""
         trained = sum(trained_tokens(batch.labels) for batch in batches)
-        total = 0.0
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        losses = []
         for batch in batches:
             loss = self.model.loss_sum(batch) / max(1, trained)
-            total += loss.item()
             loss.backward()
-        total += self._penalty()
-        norm = self._grad_norm()
-        if not (torch.isfinite(torch.tensor(total)) and torch.isfinite(norm)):
+            losses.append(loss.detach())
+        total = sum(loss.item() for loss in losses) + self._penalty()  # read here: reading waits for a GPU
+        norm = float(self._grad_norm())
+        if not (math.isfinite(total) and math.isfinite(norm)):
             self.optimizer.drop_gradients()
-            raise NonFinite(f"step {step}: loss is {total}, gradient norm is {float(norm)}")
+            raise NonFinite(f"step {step}: loss is {total}, gradient norm is {norm}")
         self.optimizer.step(factor)
         self.method.after_step(self.sites, step, steps)
-        return StepResult(total, float(norm), sum(batch.input_ids.numel() for batch in batches), trained)
+        return StepResult(total, norm, tokens, trained)
 
     def _penalty(self) -> float:
         terms = [term for adapter in self.sites.values() if (term := adapter.penalty()) is not None]

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,18 +21,22 @@ from typing import Any
 import torch
 
 from .adapters import adapt, adapted_sites
-from .adapters.files import load_adapter, save_adapter
+from .adapters.files import INFO, TENSORS, load_adapter, read_adapter_json, save_adapter
 from .data import Example, load_data, show_example, stream
 from .errors import QtuneError
 from .evaluate import EvalResult, evaluate
 from .optim import AdamW, lr_factor
 from .recipe import Recipe, TrainKeys
-from .runs import METRICS, RECIPE, load_base, refuse_ranks
+from .runs import METRICS, RECIPE, anchored, load_base, refuse_ranks
 from .safe_io import write_text
 from .screen import Screen, size
 from .step import LanguageModel, NonFinite, TrainStep
 
 SAVES = 10  # saves of the adapter in a run, where the recipe does not say
+
+
+class _Stopped(Exception):
+    """Ctrl-C came during an evaluation on the way."""
 
 
 @dataclass
@@ -93,22 +97,27 @@ class Trainer:
         if self.keys.checkpointing:
             self.model.checkpointing(True)
         self.model.model.train()
-        try:
-            self._loop(result)
-        finally:
-            if self.keys.checkpointing:
-                self.model.checkpointing(False)
-            self.model.model.eval()
-        self._save(result.steps)
+        with deferred_interrupt() as interrupted:
+            try:
+                self._loop(result, interrupted)
+            finally:
+                if self.keys.checkpointing:
+                    self.model.checkpointing(False)
+                self.model.model.eval()
+            self._save(result.steps)
+            result.interrupted = interrupted()
         if self.held_out and not result.interrupted:
-            result.after = self._evaluate(result.steps, "after training")
+            try:
+                result.after = self._evaluate(result.steps, "after training")
+            except KeyboardInterrupt:  # all is saved: the run ends as after any other Ctrl-C
+                result.interrupted = True
         return result
 
-    def _loop(self, result: TrainResult) -> None:
+    def _loop(self, result: TrainResult, interrupted: Callable[[], bool]) -> None:
         data = stream(self.examples, self.keys.micro_batch, self.keys.seed)
         save_every = self.keys.save_every or max(1, math.ceil(self.steps / SAVES))
         started = time.perf_counter()
-        with deferred_interrupt() as interrupted, self.screen.bar("training", self.steps) as advance:
+        with self.screen.bar("training", self.steps) as advance:
             for step in range(1, self.steps + 1):
                 tick = time.perf_counter()
                 batches = [batch.to(self.device) for batch in islice(data, self.keys.accumulate)]
@@ -138,16 +147,24 @@ class Trainer:
                 recent = result.losses[-20:]
                 advance(1, f"loss {sum(recent) / len(recent):.3f}  {result.tokens / result.seconds:.0f} tok/s")
                 if interrupted():
-                    result.interrupted = True
                     return
                 if step < self.steps and step % save_every == 0:
                     self._save(step)
                 if step < self.steps and self.keys.eval_every and step % self.keys.eval_every == 0:
-                    self._evaluate(step, f"step {step}")
+                    with suppress(_Stopped):
+                        self._evaluate(step, f"step {step}", interrupted)
+                if interrupted():
+                    return
 
-    def _evaluate(self, step: int, label: str) -> EvalResult:
+    def _evaluate(self, step: int, label: str, interrupted: Callable[[], bool] = lambda: False) -> EvalResult:
         with self.screen.bar("evaluating", len(self.held_out)) as advance:
-            result = evaluate(self.model, self.held_out, micro_batch=self.keys.micro_batch, advance=advance)
+
+            def tick(n: int) -> None:
+                advance(n)
+                if interrupted():
+                    raise _Stopped
+
+            result = evaluate(self.model, self.held_out, micro_batch=self.keys.micro_batch, advance=tick)
         self._log(step, result.to_dict())
         self.screen.line(f"eval  {label}: {result}")
         return result
@@ -162,8 +179,12 @@ class Trainer:
         return f"{self.folder / 'adapter.safetensors'} holds the adapter of step {self.saved}"
 
     def _log(self, step: int, row: dict[str, Any]) -> None:
-        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **row}) + "\n")
+        path = self.folder / METRICS
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **row}) + "\n")
+        except OSError as error:
+            raise QtuneError(f"cannot write {path}: {error.strerror or error}; {self._last_save()}") from error
 
 
 def steps_of(keys: TrainKeys, examples: int) -> int:
@@ -185,7 +206,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         if pressed:
             raise KeyboardInterrupt
         pressed = True
-        print("\nstopping after this step and saving; Ctrl-C again stops at once", file=sys.stderr)
+        print("\nstopping after this step and saving; Ctrl-C again stops at once, unsaved", file=sys.stderr)
 
     try:
         previous = signal.signal(signal.SIGINT, handler)
@@ -211,7 +232,15 @@ def train(
     if recipe.output is None or recipe.data.train is None:
         raise QtuneError("a recipe to train needs `output` and `data.train`")
     folder = Path(recipe.output).expanduser()
+    if start_from is not None:
+        _check_start(recipe, start_from, folder)
     _claim(folder, overwrite)
+    if recipe.dtype == "float16":
+        screen.line(
+            "note: float16 trains without loss scaling, so that small gradients vanish: "
+            "dtype bfloat16 or float32 is safer",
+            "yellow",
+        )
     screen.title("Load")
     model, tokenizer = load_base(recipe, screen)
     screen.title("Data")
@@ -237,17 +266,17 @@ def train(
             {"model": recipe.model, "scheme": recipe.scheme.to_dict(), "dtype": recipe.dtype, "step": step},
         )
 
-    write_text(folder / RECIPE, recipe.to_yaml())
-    (folder / METRICS).unlink(missing_ok=True)
+    _begin(folder, recipe, screen)
     trainer = Trainer(language, examples, held_out, recipe.train, folder=folder, screen=screen, save=save)
     screen.line(
         f"{trainer.steps} steps of {recipe.train.accumulate} x {recipe.train.micro_batch} examples, "
         f"peak lr {recipe.train.lr:g}"
     )
     result = trainer.run()
+    peak = peak_memory(trainer.device)
     screen.line(
-        f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s; "
-        f"peak memory {size(peak_memory(trainer.device))}"
+        f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s"
+        + (f"; peak memory {size(peak)}" if peak else "")
     )
     return result
 
@@ -272,8 +301,37 @@ def _claim(folder: Path, overwrite: bool) -> None:
     (folder / ".writable").unlink()
 
 
+def _check_start(recipe: Recipe, start_from: Path, folder: Path) -> None:
+    """The adapter to start from must be the one that the recipe describes, or the new run's recipe would lie."""
+    if start_from.resolve() == folder.resolve():
+        raise QtuneError(
+            f"{folder} is both the run to start from and the output; choose another folder with output=..."
+        )
+    saved = {"model": recipe.model, "adapter": read_adapter_json(start_from)["adapter"]}
+    there, here = Recipe.load(saved, training=False).adapter.to_dict(), recipe.adapter.to_dict()
+    faults = [f"{k} is {here.get(k)}, there {there.get(k)}" for k in {**here, **there} if here.get(k) != there.get(k)]
+    if faults:
+        raise QtuneError(
+            f"the recipe's adapter is another one than that of {start_from}: {'; '.join(faults)}. "
+            f"Give the recipe the same `adapter` section, or train {start_from / RECIPE}"
+        )
+
+
+def _begin(folder: Path, recipe: Recipe, screen: Screen) -> None:
+    """Write the recipe. What an earlier run left goes first: its adapter would lie beside a recipe that is not its
+    own until the first save."""
+    try:
+        for name in (INFO, TENSORS, METRICS):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise QtuneError(f"cannot replace the run in {folder}: {error}") from error
+    if (folder / "merged").exists():
+        screen.line(f"note: {folder / 'merged'} is of the run before; merge anew with --overwrite", "yellow")
+    write_text(folder / RECIPE, anchored(recipe).to_yaml())
+
+
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on a GPU, resident of the whole process elsewhere."""
+    """Peak bytes: allocated on a GPU, resident of the whole process elsewhere; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qtune.adapters import METHODS, Adapted, AdapterSpec, adapt, adapted_sites, find_sites
-from qtune.adapters.base import recompute
+from qtune.adapters import METHODS, Adapted, Adapter, AdapterSpec, adapt, adapted_sites, find_sites
+from qtune.adapters.base import build, recompute
 from qtune.adapters.vera import hashed_uniform
 from qtune.errors import QtuneError
 from qtune.quant import Dense, QuantLinear, Scheme, scheme_from
@@ -314,6 +315,48 @@ def test_a_start_leaves_the_random_state() -> None:
     before = torch.get_rng_state()
     adapt(model, AdapterSpec("hra"))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_start_leaves_the_generators_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seeded = decoder(), list[int]()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    adapt(model, AdapterSpec("lora"))
+    assert not seeded
+
+
+class _Draws(TorchDispatchMode):
+    """The devices on which random numbers are drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.devices.append(args[0].device.type)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_start_is_drawn_on_the_cpu(method: str) -> None:
+    """The model is on meta, which stands for any device: a seed must not mean other values on a GPU."""
+    base = QuantLinear(16, 24, FP32, bias=True, dtype=torch.float32, device="meta", name="up_proj")
+    sites, _ = build({"up_proj": base}, AdapterSpec(method))
+    with _Draws() as draws:
+        sites["up_proj"].adapter.reset(base)
+    assert set(draws.devices) <= {"cpu"}
+    assert bool(draws.devices) == (method not in ("ia3", "vera"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merge_is_fp32_under_any_default_dtype(method: str) -> None:
+    adapted = site(method, linear(24, 16, bias=True))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert adapted.merged()[0].dtype == torch.float32
+        assert Adapter.merged(adapted.adapter, adapted.base)[0].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_spec_survives_json() -> None:

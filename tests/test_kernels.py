@@ -330,6 +330,23 @@ def test_without_a_compiler_the_reference_serves_and_says_why(fresh: Path, monke
 
 
 @posix
+def test_a_user_without_a_home_gets_the_reference(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("QTUNE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
+    assert backend.kernel("blockwise4_pack", "cpu") is None
+    assert "QTUNE_CACHE names one" in backend.cpu_features()["why"]
+
+
+@posix
+def test_a_compiler_may_speak_any_encoding(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "CXX", str(compiler(tmp_path, r"""case "$1" in --version) printf 'gcc \374\377\n'; exit;; esac"""))
+    )
+    assert backend.kernel("blockwise4_pack", "cpu") is not None
+
+
+@posix
 def test_a_cache_that_cannot_be_written_is_said(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "file" / "cache"))

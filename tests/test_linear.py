@@ -287,6 +287,29 @@ def test_digest_tells_schemes_with_equal_codes_apart() -> None:
     assert len(digests) == 3
 
 
+@every_scheme
+def test_autocast_means_what_it_means_for_a_dense_layer(scheme: Scheme) -> None:
+    """Eager and compiled, and no fp64: the op itself must never see another dtype than its shape function says."""
+    layer = linear(scheme)
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    dense.weight.data = layer.dequantize()
+    x = torch.randn(3, layer.in_features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, eager = dense(x), layer.product(x)
+        compiled = torch.compile(layer.product, backend="aot_eager", fullgraph=True)(x)
+        assert layer.product(x.double()).dtype == torch.float64
+    assert expected.dtype == eager.dtype == compiled.dtype == torch.bfloat16
+    assert torch.equal(compiled, eager)
+    torch.testing.assert_close(eager, expected, atol=0.1, rtol=0.02)
+
+
+def test_a_scaled_embedding_works_under_any_default_device() -> None:
+    table = embedding(NF4(), scale=8.0)
+    ids = torch.tensor([1, 0])
+    with torch.device("meta"):
+        assert table(ids).device.type == "cpu"
+
+
 def test_digest_of_single_quantization_covers_the_scales() -> None:
     """Twice the weight has the same codes."""
     layer, w = linear(NF4(double=False)), torch.randn(OUT, IN)

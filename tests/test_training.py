@@ -107,7 +107,7 @@ def test_master_weights_keep_updates_that_bf16_loses() -> None:
 
 
 def test_optimizer_equals_torch_in_fp32() -> None:
-    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 9)) for _ in range(2))
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 9).view(3, 3)) for _ in range(2))
     optimizer = AdamW([("w", ours)], lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
     reference = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
     for step in range(5):
@@ -116,6 +116,14 @@ def test_optimizer_equals_torch_in_fp32() -> None:
         optimizer.step(1.0)
         reference.step()
     assert torch.equal(ours, theirs) and ours.grad is None
+
+
+def test_weight_decay_leaves_vectors_at_their_start() -> None:
+    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    optimizer = AdamW([("m", matrix), ("v", vector)], lr=1e-2, weight_decay=0.5)
+    matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
+    optimizer.step(1.0)
+    assert torch.all(vector == 1) and torch.all(matrix < 1)
 
 
 def test_scales_are_factors_on_the_learning_rate() -> None:

@@ -6,7 +6,8 @@
 // Blocks are even in size, so no two blocks share a byte and threads never write the same one. All sizes are int64.
 #include <cstdint>
 #include <cstring>
-#if defined(__x86_64__) || defined(_M_X64)
+// GCC spills AVX registers to a stack that Windows aligns to 16 bytes only, which crashes (GCC bug 54412): there the scalar path serves.
+#if (defined(__x86_64__) || defined(_M_X64)) && !(defined(_WIN32) && !defined(__clang__))
 #define QTUNE_X86 1
 #elif defined(__aarch64__)
 #define QTUNE_NEON 1

@@ -145,6 +145,7 @@ def _block_check(block: int) -> tuple[bool, str]:
 
 def blockwise4_pack(w: Tensor, kind: str, block: int, simd: str = "auto") -> tuple[Tensor, Tensor]:
     """w (any shape, n values, fp32, bf16 or fp16) -> codes uint8 [ceil(n/2)], absmax fp32 [ceil(n/block)]."""
+    values(kind)  # refuses an unknown kind
     n, flat, (middle, order) = w.numel(), w.contiguous(), bounds(kind, CPU)
     _require(
         [(_is(w, n, *DTYPES), f"weight of {w.dtype} on {w.device}; legal: {list(DTYPES)} on cpu"), _block_check(block)]

@@ -60,8 +60,8 @@ def find_compiler() -> tuple[list[str], str]:
     for command in candidates:
         if not command or not shutil.which(command[0]):
             continue
-        try:
-            done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30)
+        try:  # a compiler may speak the user's language in another encoding than Python's
+            done = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace", timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             continue
         if done.returncode == 0 and done.stdout.strip():
@@ -170,7 +170,10 @@ def build(source: Path, headers: tuple[Path, ...], check: Callable[[ctypes.CDLL]
     """
     text = [path.read_bytes() for path in (source, *headers)]
     stem = f"{source.stem}-{_digest(*text, ' '.join(FLAGS).encode(), platform.machine().encode())[:16]}"
-    folder = cache_folder()
+    try:
+        folder = cache_folder()
+    except RuntimeError as error:  # a user without a home, as in some containers
+        return Built(why=f"there is no folder for a cache ({error}); QTUNE_CACHE names one")
     try:
         command, version = find_compiler()
         if not command:

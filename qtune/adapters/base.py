@@ -73,7 +73,7 @@ class Adapter(nn.Module):
         super().__init__()
 
     def reset(self, base: QuantLinear, source: Source | None = None) -> None:
-        """First values, from torch's random generator; may call base.set_weight. Ends with what `prepare` does."""
+        """First values, random ones through `draw`; may call base.set_weight. Ends with what `prepare` does."""
         raise NotImplementedError
 
     def prepare(self, base: QuantLinear) -> None:
@@ -90,11 +90,12 @@ class Adapter(nn.Module):
         """The dense fp32 weight [out, in] and bias [out] that compute the same as `forward`, by probing. Additive
         methods override it."""
         dense = _dense_copy(base)
-        bias = self(torch.zeros(1, base.in_features, device=base.packed.device), dense)[0]
-        weight = torch.empty(base.out_features, base.in_features, device=base.packed.device)
+        like: dict[str, Any] = {"dtype": torch.float32, "device": base.packed.device}
+        bias = self(torch.zeros(1, base.in_features, **like), dense)[0]
+        weight = torch.empty(base.out_features, base.in_features, **like)
         for start in range(0, base.in_features, PROBE_ROWS):
             rows = min(PROBE_ROWS, base.in_features - start)
-            probe = torch.zeros(rows, base.in_features, device=base.packed.device)
+            probe = torch.zeros(rows, base.in_features, **like)
             probe[:, start : start + rows].fill_diagonal_(1.0)
             weight[:, start : start + rows] = (self(probe, dense) - bias).T
         return weight, bias if base.bias is not None or bias.any() else None
@@ -141,6 +142,14 @@ class Adapter(nn.Module):
 def trainable(shape: Sequence[int], base: QuantLinear, dtype: torch.dtype | None = None) -> nn.Parameter:
     """An uninitialised parameter on the base's device, in the model's compute dtype unless said otherwise."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype or base.dtype, device=base.packed.device))
+
+
+def draw(values: Tensor, fill: Callable[..., Any], *args: Any) -> None:
+    """Fill `values` by fill(tensor, *args) on the CPU: a seed means the same start on every device."""
+    drawn = torch.empty(values.shape, dtype=values.dtype, device="cpu")
+    fill(drawn, *args)
+    with torch.no_grad():
+        values.copy_(drawn)
 
 
 def recompute(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -296,7 +305,8 @@ def adapt(
     for name, site in sites.items():
         if start and not site.base.packed.is_meta:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(zlib.crc32(f"{seed}.{name}".encode()))
+                # only the CPU's generator: torch.manual_seed would leave those of all accelerators reseeded
+                torch.default_generator.manual_seed(zlib.crc32(f"{seed}.{name}".encode()))
                 site.adapter.reset(site.base, (sources or {}).get(name))
     return install(model, sites, shared)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Adapter, PeftNames, QuantLinear, Source, recompute, trainable
+from .base import Adapter, PeftNames, QuantLinear, Source, draw, recompute, trainable
 
 
 class HiRA(Adapter):
@@ -30,7 +30,7 @@ class HiRA(Adapter):
         self.B = trainable((base.out_features, rank), base)
 
     def reset(self, base: QuantLinear, source: Source | None = None) -> None:
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        draw(self.A, nn.init.kaiming_uniform_, math.sqrt(5))
         nn.init.zeros_(self.B)
 
     def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
@@ -42,5 +42,5 @@ class HiRA(Adapter):
     @torch.no_grad()
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
         weight = base.dequantize(torch.float32)
-        factor = torch.addmm(torch.ones((), device=weight.device), self.B.float(), self.A.float())
+        factor = torch.addmm(weight.new_ones(()), self.B.float(), self.A.float())
         return weight.mul_(factor), None if base.bias is None else base.bias.float()

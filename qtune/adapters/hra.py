@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Adapter, PeftNames, QuantLinear, Source, trainable
+from .base import Adapter, PeftNames, QuantLinear, Source, draw, trainable
 
 
 class HRA(Adapter):
@@ -34,8 +34,8 @@ class HRA(Adapter):
 
     def reset(self, base: QuantLinear, source: Source | None = None) -> None:
         bound = math.sqrt(2 / self.u.shape[0])
-        half = nn.init.uniform_(self.u.data[::2].clone(), -bound, bound)
-        self.u.data.copy_(half.repeat_interleave(2, dim=0))
+        draw(self.u.data[::2], nn.init.uniform_, -bound, bound)
+        self.u.data[1::2] = self.u.data[::2]
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """U^T and (U T)^T, both [rank, in] in `dtype`; the triangular system is solved in fp32 or wider."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Adapter, PeftNames, QuantLinear, Source, trainable
+from .base import Adapter, PeftNames, QuantLinear, Source, draw, trainable
 
 NAMES = PeftNames(
     peft_type="LORA",
@@ -46,7 +46,7 @@ class LoRA(Adapter):
         self.dropout = nn.Dropout(dropout)
 
     def reset(self, base: QuantLinear, source: Source | None = None) -> None:
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        draw(self.A, nn.init.kaiming_uniform_, math.sqrt(5))
         nn.init.zeros_(self.B)
 
     def update(self, x: Tensor) -> Tensor:

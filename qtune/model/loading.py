@@ -81,7 +81,8 @@ def _scheme_faults(found: names.Pieces, scheme: Scheme | None, embeddings: Schem
         faults.append("its weights are not packed, so a scheme must be given")
     if scheme is not None and found.stored not in (None, scheme):
         faults.append(
-            f"its weights are packed as {found.stored} and cannot become {scheme}: quantize the original model instead"
+            f"its weights are packed as {found.stored} and cannot become {scheme}: "
+            "ask for the scheme that it has, or take the original model"
         )
     asked = embeddings if scheme is not None or embeddings is not None else found.stored_embeddings
     if found.stored_embeddings not in (None, asked):

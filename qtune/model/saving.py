@@ -21,7 +21,7 @@ from ..checkpoint import SHARD_BYTES, Entry, write
 from ..errors import QtuneError
 from ..quant import Dense, QuantEmbedding, QuantLinear
 from ..quant.blockwise4 import Blockwise4
-from ..safe_io import write_json
+from ..safe_io import write_json, write_text
 from .skeleton import Origin
 from .source import FORMAT
 
@@ -46,7 +46,8 @@ def save_quantized(model: PreTrainedModel, tokenizer: Any, out: str | Path, *, s
     write(folder, _entries(model, standard), "model" if standard else "qtune", shard_bytes)
     write_json(folder / "config.json", _config(model, origin, standard, plain, packed))
     if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+        # not save_pretrained: it refuses values that many published models hold (a temperature without sampling)
+        write_text(folder / "generation_config.json", model.generation_config.to_json_string())
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder

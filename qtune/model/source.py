@@ -30,7 +30,9 @@ HUB_FILES = [
     "merges.txt",
     "vocab.txt",
     "LICENSE*",
+    "LICENCE*",
     "NOTICE*",
+    "USE_POLICY*",
 ]
 HUB_LEFT_OUT = ["consolidated*", "original/*", "*/*"]
 FORMAT = 1  # of our own packed checkpoints

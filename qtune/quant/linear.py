@@ -32,6 +32,14 @@ class _FrozenMatmul(torch.autograd.Function):
         return ctx.scheme.matmul(dy, views(ctx.scheme, packed, ctx.shape), ctx.shape, True), None, None, None
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """x as nn.Linear would take it: inside of an op, autocast would change the product's dtype unseen by its fake."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
 class _Packed(nn.Module):
     """What QuantLinear and QuantEmbedding share: one flat frozen uint8 parameter and what is read from it."""
 
@@ -110,8 +118,8 @@ class QuantLinear(_Packed):
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
 
     def product(self, x: Tensor) -> Tensor:
-        """x [..., in] -> x W^T [..., out], without the bias."""
-        return _FrozenMatmul.apply(x, self.packed, self.scheme, self.shape)
+        """x [..., in] -> x W^T [..., out], without the bias; in x's dtype, under autocast in autocast's."""
+        return _FrozenMatmul.apply(_autocast(x), self.packed, self.scheme, self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -148,7 +156,8 @@ class QuantEmbedding(_Packed):
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> rows [..., embedding_dim]."""
         rows = self.scheme.rows(ids, self.parts, self.shape, self.dtype)
-        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
+        # a scalar on the CPU, whatever torch's default device is: it goes along without a copy
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype, device="cpu")
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}"
