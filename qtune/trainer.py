@@ -30,7 +30,7 @@ from .recipe import Recipe, TrainKeys
 from .runs import METRICS, RECIPE, anchored, load_base, refuse_ranks
 from .safe_io import write_text
 from .screen import Screen, size
-from .step import LanguageModel, NonFinite, TrainStep
+from .step import SHORT, LanguageModel, NonFinite, TrainStep
 
 SAVES = 10  # saves of the adapter in a run, where the recipe does not say
 
@@ -250,6 +250,8 @@ def train(
     screen.line(show_example(examples[0], tokenizer, colour=screen.console.is_terminal))
     language = LanguageModel(model)
     language.check()
+    if language.choose_attention(max(len(example.input_ids) for example in (*examples, *held_out))):
+        screen.line(f"attention in plain products: no example has more than {SHORT} tokens")
     torch.manual_seed(recipe.train.seed)
     sites = (
         adapt(model, recipe.adapter, seed=recipe.train.seed) if start_from is None else load_adapter(model, start_from)

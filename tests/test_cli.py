@@ -187,15 +187,15 @@ def test_out_of_memory_says_what_to_lower(
 
 def test_the_demo_task_is_split_without_overlap(tmp_path: Path) -> None:
     lines = [
-        json.dumps({"input": [{"role": "user", "content": f"headline {i % 2000}"}], "ideal": str(i % 2)})
-        for i in range(2500)
+        json.dumps({"input": [{"role": "user", "content": f"headline {i % 2400}"}], "ideal": str(i % 2)})
+        for i in range(2600)
     ]
     write_task(lines, tmp_path)
     rows = {
         n: [json.loads(line)["messages"][1]["content"] for line in (tmp_path / f"{n}.jsonl").read_text().splitlines()]
         for n in ("train", "eval")
     }
-    assert len(rows["train"]) == 1600 and len(rows["eval"]) == 250 and not set(rows["train"]) & set(rows["eval"])
+    assert len(rows["train"]) == 2000 and len(rows["eval"]) == 250 and not set(rows["train"]) & set(rows["eval"])
 
 
 def test_the_tokenizer_of_the_helper_is_the_one_that_was_written(root: Path) -> None:

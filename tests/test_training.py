@@ -187,6 +187,17 @@ def test_clipping_limits_the_norm_that_is_reported(tmp_path: Path) -> None:
     assert norms[1e-3][0] == pytest.approx(norms[None][0], rel=1e-5) and norms[1e-3][1] == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "gpt2", "opt"])
+def test_plain_attention_is_the_same_attention(family: str, tmp_path: Path) -> None:
+    model = load(runs_helper.write_model(tmp_path / "m", family), Dense("float32"), dtype=torch.float32)
+    language, b = LanguageModel(model), batch()
+    b.attention_mask[1, 11:] = 0
+    b.labels[1, 11:] = -100
+    fused = language.loss_sum(b)
+    assert not language.choose_attention(129) and language.choose_attention(128)
+    assert torch.allclose(language.loss_sum(b), fused, rtol=1e-5)
+
+
 def test_checkpointing_changes_no_bit(tmp_path: Path) -> None:
     losses = []
     for checkpointing in (True, False):
