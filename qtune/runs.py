@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .model.source import open_source
 from .quant import QuantEmbedding, QuantLinear
 from .quant.scheme import DTYPES
 from .recipe import Recipe
-from .screen import Screen, size
+from .screen import Advance, Screen, size
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -102,20 +103,19 @@ def load_base(recipe: Recipe, screen: Screen, *, device: str | None = None, stor
 
 def load_with_bar(source: str, screen: Screen, **options: Any) -> Any:
     """`model.load` with a progress bar that appears with the first tensor."""
-    bar, advance = None, None
+    with ExitStack() as stack:
+        advance: Advance | None = None
+        shown = 0
 
-    def progress(name: str, done: int, total: int) -> None:
-        nonlocal bar, advance
-        if advance is None:
-            bar = screen.bar("loading", total)
-            advance = bar.__enter__()
-        advance(1)
+        def progress(name: str, done: int, total: int) -> None:
+            nonlocal advance, shown
+            if advance is None:
+                advance = stack.enter_context(screen.bar("loading", total))
+            if done > shown:
+                advance(done - shown)
+                shown = done
 
-    try:
         return load(source, progress=progress, **options)
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
 
 
 def quantize(recipe: Recipe, out: Path, *, screen: Screen | None = None) -> int:

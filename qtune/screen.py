@@ -19,11 +19,13 @@ class Screen:
     """Console and bars. `quiet` shows nothing at all (tests, library use)."""
 
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
-        self.console = Console(stderr=json, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=json, quiet=quiet, highlight=False)
 
     def line(self, text: str | Text = "", style: str | None = None) -> None:
         """One line of text; markup in a str is not interpreted."""
-        self.console.print(Text(text, style=style or "") if isinstance(text, str) else text)
+        # whole lines where a program or a log reads them; on a terminal wrapped between words
+        wrapped = self.console.is_terminal
+        self.console.print(Text(text, style=style or "") if isinstance(text, str) else text, soft_wrap=not wrapped)
 
     def title(self, text: str) -> None:
         """A heading between the stages of a command."""
