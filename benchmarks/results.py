@@ -63,14 +63,14 @@ def _source(name: str, value: dict[str, Any]) -> str:
 
 def load_table(value: dict[str, Any]) -> list[str]:
     """Peak memory of loading a 1B-shaped checkpoint, in MiB."""
+    names = {"transformers": "transformers + bitsandbytes nf4 double"}
     rows = [
-        "| loader | peak anonymous memory | bound: packed + two largest tensors | seconds |",
-        "| --- | --- | --- | --- |",
+        "| loader | tensors of the model | peak anonymous memory | bound: tensors + two largest | seconds |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for row in value["rows"]:
-        peak = f"{(row['peak'] - row['base']) / 2**20:,.0f} MiB"
-        bound = f"{(row['bound']) / 2**20:,.0f} MiB" if row["loader"].startswith("qtune") else ""
-        rows.append(f"| {row['loader']} | {peak} | {bound} | {row['seconds']:.0f} |")
+        held, peak, bound = (f"{row[key] / 2**20:,.0f} MiB" for key in ("held", "peak", "bound"))
+        rows.append(f"| {names.get(row['loader'], row['loader'])} | {held} | {peak} | {bound} | {row['seconds']:.1f} |")
     return rows
 
 

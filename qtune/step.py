@@ -20,7 +20,6 @@ from .errors import QtuneError
 from .loss import Transform, cross_entropy_sum, logit_transform, trained_tokens
 from .optim import AdamW
 
-
 SHORT = 128  # tokens: up to here plain attention is faster on a CPU than the fused kernel
 
 
