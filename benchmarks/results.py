@@ -85,7 +85,21 @@ def demo_table(value: dict[str, Any]) -> list[str]:
     ]
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"load": load_table, "demo": demo_table}
+def kernels_table(value: dict[str, Any]) -> list[str]:
+    """Median milliseconds, and each provider's ratio to qtune's kernel in the same run."""
+    rows = ["| op, 4096 x 4096 | provider | median ms | times qtune's |", "| --- | --- | --- | --- |"]
+    own = {row["op"]: row["p50_ms"] for row in value["rows"] if row["provider"] == "qtune"}
+    for row in value["rows"]:
+        ratio = row["p50_ms"] / own[row["op"]]
+        rows.append(f"| {row['op']} | {row['provider']} | {row['p50_ms']:.2f} | {ratio:.2f} |")
+    return rows
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "load": load_table,
+    "demo": demo_table,
+    "kernels": kernels_table,
+}
 
 
 def main() -> None:

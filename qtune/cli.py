@@ -248,14 +248,14 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-
-    from .export import merge
-    from .runs import open_run
+    from .export import check_merge, merge
+    from .runs import open_run, read_recipe
     from .screen import size
 
     screen = _screen(args)
-    run = open_run(Path(args.run), screen, device=args.device)
     out = Path(args.out) if args.out else Path(args.run) / "merged"
+    check_merge(read_recipe(Path(args.run)), out, args.dtype, args.keep_base, args.overwrite)
+    run = open_run(Path(args.run), screen, device=args.device)
     report = merge(run, out, dtype=args.dtype, keep_base=args.keep_base, screen=screen, overwrite=args.overwrite)
     screen.title("Verified")
     for line in report.verification.lines():

@@ -53,7 +53,8 @@ class DataReport:
     def __str__(self) -> str:
         cut = f"{self.truncated:,} cut at {self.max_length:,}, {self.dropped:,} dropped (no trained token left)"
         line = (
-            f"{self.path}: {self.records:,} records ({self.format}) -> {self.examples:,} examples, "
+            f"{self.path}: {self.records:,} record{'s' * (self.records != 1)} ({self.format}) "
+            f"-> {self.examples:,} example{'s' * (self.examples != 1)}, "
             f"{self.tokens:,} tokens, {self.trained:,} trained ({self.trained / self.tokens:.0%}); "
             f"longest {self.longest:,}; {cut}"
         )

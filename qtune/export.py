@@ -28,6 +28,7 @@ from .data import tokenize
 from .errors import QtuneError, one_of
 from .quant import Dense, QuantEmbedding, QuantLinear
 from .quant.scheme import DTYPES
+from .recipe import Recipe
 from .records import read_records
 from .runs import Run, licences, load_with_bar
 from .safe_io import write_json, write_text
@@ -80,14 +81,10 @@ def merge(
     verification fails; the files stay in `<out>.unverified`.
     """
     screen = screen or Screen(quiet=True)
-    choices = (("dtype", dtype, DTYPES), ("--keep-base", keep_base, KEEP_BASE))
-    faults = [str(one_of(what, given, legal)) for what, given, legal in choices if given not in legal]
-    if faults:
-        raise QtuneError("; ".join(faults))
-    base = Path(run.recipe.model).expanduser()
-    if out.exists() and base.exists() and out.resolve() in (base.resolve(), base.resolve().parent):
-        raise QtuneError(f"{out} holds the base model of this run; choose another --out")
-    partial_out = _claim(out, overwrite)
+    check_merge(run.recipe, out, dtype, keep_base, overwrite)
+    partial_out = out.with_name(out.name + ".unverified")
+    if partial_out.exists():
+        shutil.rmtree(partial_out)
     try:
         report = _merge(run, out, partial_out, dtype, keep_base, screen)
     except OSError as error:
@@ -125,19 +122,22 @@ def _merge(run: Run, out: Path, partial_out: Path, dtype: str, keep_base: str, s
     return report
 
 
-def _claim(out: Path, overwrite: bool) -> Path:
-    """The folder to write to, empty; refuses to touch an `out` that is not a checkpoint, or is one and may not be
-    replaced."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+def check_merge(recipe: Recipe, out: Path, dtype: str, keep_base: str, overwrite: bool) -> None:
+    """Raises QtuneError for what can be known to be wrong before anything is loaded: an unknown option, or an `out` that
+    is the base, is not a checkpoint, or is one and may not be replaced."""
+    choices = (("dtype", dtype, DTYPES), ("--keep-base", keep_base, KEEP_BASE))
+    faults = [str(one_of(what, given, legal)) for what, given, legal in choices if given not in legal]
+    base = Path(recipe.model).expanduser()
+    if out.exists() and base.exists() and out.resolve() in (base.resolve(), base.resolve().parent):
+        faults.append(f"{out} holds the base model of this run; choose another --out")
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
         plain = out.is_dir() and (out / "config.json").is_file() and not any(p.is_dir() for p in out.iterdir())
         if not plain:
-            raise QtuneError(f"{out} exists and is not a checkpoint; choose another --out")
-        if not overwrite:
-            raise QtuneError(f"{out} already holds a checkpoint; choose another --out, or give --overwrite")
-    unverified = out.with_name(out.name + ".unverified")
-    if unverified.exists():
-        shutil.rmtree(unverified)
-    return unverified
+            faults.append(f"{out} exists and is not a checkpoint; choose another --out")
+        elif not overwrite:
+            faults.append(f"{out} already holds a checkpoint; choose another --out, or give --overwrite")
+    if faults:
+        raise QtuneError("; ".join(faults))
 
 
 def prompts_of(run: Run) -> list[list[int]]:

@@ -185,7 +185,7 @@ def _override(tree: dict[str, Any], overrides: Overrides, faults: list[str]) -> 
         parsed = load_yaml(value, wrong)
         faults += [f"override {text!r}: {fault}" for fault in wrong]
         pairs += [] if wrong else [(name.strip(), parsed)]
-    for name, value in pairs:
+    for name, value in sorted(pairs, key=lambda pair: pair[0].count(".")):  # a whole section before keys inside it
         _put(tree, tuple(name.split(".")), value, faults)
     given = {name for name, value in pairs if value is not None}
     for one, other in (("steps", "epochs"), ("epochs", "steps")):

@@ -22,6 +22,7 @@ from .model.source import open_source
 from .quant import QuantEmbedding, QuantLinear
 from .quant.scheme import DTYPES
 from .recipe import Recipe
+from .safe_io import claim_folder
 from .screen import Advance, Screen, size
 
 RECIPE = "recipe.yaml"
@@ -79,11 +80,13 @@ def anchored(recipe: Recipe) -> Recipe:
     return replace(recipe, model=absolute(recipe.model) or recipe.model, data=data, output=output)
 
 
-def load_base(recipe: Recipe, screen: Screen, *, device: str | None = None, stored: bool = False) -> tuple[Any, Any]:
+def load_base(
+    recipe: Recipe, screen: Screen, *, device: str | None = None, stored: bool = False, tokenizer: Any = None
+) -> tuple[Any, Any]:
     """Base and tokenizer of a recipe, quantized while loading, with a bar. stored: a packed model, kept as it is
-    packed, whatever the recipe says."""
+    packed, whatever the recipe says. tokenizer: the base's, where it is loaded already."""
     target = pick_device(device or recipe.device)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = tokenizer or load_tokenizer(recipe.model)
     model = load_with_bar(
         recipe.model,
         screen,
@@ -123,6 +126,7 @@ def quantize(recipe: Recipe, out: Path, *, screen: Screen | None = None) -> int:
     Returns its bytes."""
     if (out / "config.json").exists():
         raise QtuneError(f"{out} already holds a checkpoint; choose another --out")
+    claim_folder(out)
     options = {"scheme": recipe.scheme, "embeddings": recipe.embeddings, "dtype": DTYPES[recipe.dtype]}
     model = load_with_bar(recipe.model, screen or Screen(quiet=True), **options)
     save_quantized(model, load_tokenizer(recipe.model), out)

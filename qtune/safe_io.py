@@ -41,3 +41,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON to `path` atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def claim_folder(folder: Path) -> None:
+    """Make `folder` and prove that it can be written to, before hours of work go into what it shall hold."""
+    probe = folder / f".{os.getpid()}.writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise QtuneError(f"cannot write to the folder {folder}: {error.strerror or error}") from error

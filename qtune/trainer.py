@@ -25,10 +25,11 @@ from .adapters.files import INFO, TENSORS, load_adapter, read_adapter_json, save
 from .data import Example, load_data, show_example, stream
 from .errors import QtuneError
 from .evaluate import EvalResult, evaluate
+from .model import load_tokenizer
 from .optim import AdamW, lr_factor
 from .recipe import Recipe, TrainKeys
-from .runs import METRICS, RECIPE, anchored, load_base, refuse_ranks
-from .safe_io import write_text
+from .runs import METRICS, RECIPE, anchored, load_base, pick_device, refuse_ranks
+from .safe_io import claim_folder, write_text
 from .screen import Screen, size
 from .step import SHORT, LanguageModel, NonFinite, TrainStep
 
@@ -241,13 +242,15 @@ def train(
             "dtype bfloat16 or float32 is safer",
             "yellow",
         )
-    screen.title("Load")
-    model, tokenizer = load_base(recipe, screen)
-    screen.title("Data")
+    screen.title("Data")  # first, so that a bad record is told before a large model is loaded
+    pick_device(recipe.device)
+    tokenizer = load_tokenizer(recipe.model)
     examples = _examples(recipe, recipe.data.train, tokenizer, screen)
     held_out = _examples(recipe, recipe.data.eval, tokenizer, screen) if recipe.data.eval else []
     screen.line("first example, what is trained marked:")
     screen.line(show_example(examples[0], tokenizer, colour=screen.console.is_terminal))
+    screen.title("Load")
+    model, _ = load_base(recipe, screen, tokenizer=tokenizer)
     language = LanguageModel(model)
     language.check()
     if language.choose_attention(max(len(example.input_ids) for example in (*examples, *held_out))):
@@ -271,13 +274,13 @@ def train(
     _begin(folder, recipe, screen)
     trainer = Trainer(language, examples, held_out, recipe.train, folder=folder, screen=screen, save=save)
     screen.line(
-        f"{trainer.steps} steps of {recipe.train.accumulate} x {recipe.train.micro_batch} examples, "
-        f"peak lr {recipe.train.lr:g}"
+        f"{trainer.steps} step{'s' * (trainer.steps != 1)} of {recipe.train.accumulate} x "
+        f"{recipe.train.micro_batch} examples, peak lr {recipe.train.lr:g}"
     )
     result = trainer.run()
     peak = peak_memory(trainer.device)
     screen.line(
-        f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s"
+        f"{result.steps} step{'s' * (result.steps != 1)}, {result.tokens:,} tokens in {result.seconds:.0f} s"
         + (f"; peak memory {size(peak)}" if peak else "")
     )
     return result
@@ -289,6 +292,12 @@ def _examples(recipe: Recipe, path: str, tokenizer: Any, screen: Screen) -> list
         path, tokenizer, max_length=keys.max_length, loss_on=keys.loss_on, template=keys.template
     )
     screen.line(str(report))
+    if path == keys.train and report.format in ("prompt", "alpaca") and tokenizer.chat_template:
+        screen.line(
+            f"note: {report.format} records are learned as they stand, without the chat template that `qtune chat` "
+            "and most servers put around a question; records with messages are learned with it",
+            "yellow",
+        )
     return examples
 
 
@@ -299,8 +308,7 @@ def _claim(folder: Path, overwrite: bool) -> None:
             f"{folder} already holds a trained adapter; choose another folder with output=..., "
             "or give --overwrite to replace it"
         )
-    write_text(folder / ".writable", "")
-    (folder / ".writable").unlink()
+    claim_folder(folder)
 
 
 def _check_start(recipe: Recipe, start_from: Path, folder: Path) -> None:

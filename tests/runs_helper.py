@@ -42,12 +42,11 @@ def recipe(root: Path, family: str = "llama", **changes: Any) -> Recipe:
     overrides = {
         "model": str(model),
         "dtype": "float32",
-        "scheme.block": 32,
-        "adapter.rank": 4,
         "data.train": str(write_task(root)),
         "data.eval": str(write_task(root, 12, seed=1)),
         "train.steps": 8,
         "train.lr": 1e-2,
         "output": str(root / "run"),
     } | {key.replace("__", "."): value for key, value in changes.items()}
-    return Recipe.load({"model": "x", "scheme": {"name": "nf4"}, "adapter": {"method": "lora"}}, overrides)
+    tree = {"model": "x", "scheme": {"name": "nf4", "block": 32}, "adapter": {"method": "lora", "rank": 4}}
+    return Recipe.load(tree, overrides)

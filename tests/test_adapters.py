@@ -256,8 +256,8 @@ def test_hra_starts_in_equal_pairs() -> None:
     [
         ("lora", {"rank": 0, "dropout": 1.0, "alpha": 0.0}, "rank must be at least 1.*dropout.*not 1.0.*alpha must"),
         ("lora", {"plus": -1.0}, "adapter.plus must be above 0, not -1.0"),
-        ("lora", {"rank": 4.0}, "adapter.rank must be a int like 16, not 4.0"),
-        ("lora", {"rank": True}, "adapter.rank must be a int like 16, not True"),
+        ("lora", {"rank": 4.0}, "adapter.rank must be an int like 16, not 4.0"),
+        ("lora", {"rank": True}, "adapter.rank must be an int like 16, not True"),
         ("hra", {"rank": 3}, r"rank of hra must be even \(2, 4, 6, .*not 3"),
         ("hra", {"rank": -1}, "rank must be at least 1, not -1"),
         ("vera", {"dropout": -0.1, "seed": -2}, "dropout must be at least 0.*seed must be at least 0, not -2"),

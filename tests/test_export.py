@@ -28,7 +28,13 @@ QUIET = Screen(quiet=True)
 @pytest.fixture(autouse=True)
 def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers picks a family's own tokenizer class by the config, which cannot read our one-word vocabulary."""
-    monkeypatch.setattr("qtune.runs.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+    for room in ("runs", "trainer"):
+        monkeypatch.setattr(f"qtune.{room}.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal but for fp32 sums in another order: a delta that got lost differs by a hundred times more."""
+    return float((a - b).abs().max()) <= 1e-4 * float(b.abs().max())
 
 
 def finished(root: Path, family: str = "llama", **changes: Any) -> Run:
@@ -51,7 +57,7 @@ def test_transformers_computes_what_was_trained(family: str, scheme: str, tmp_pa
     merged = tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     assert report.verification.passed and report.verification.layers == len(adapted_sites(run.model))
     assert (trained - base).abs().max() > 0.05, "the adapter does something"
-    assert torch.allclose(merged, trained, atol=2e-5)
+    assert same(merged, trained)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -61,7 +67,7 @@ def test_every_method_merges_or_says_why_not(method: str, tmp_path: Path) -> Non
     assert METHODS[method].mergeable
     report = merge(run, tmp_path / "merged", dtype="float32")
     assert report.verification.passed
-    assert torch.allclose(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), trained, atol=2e-5)
+    assert same(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), trained)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -94,7 +100,7 @@ def test_ties_and_packed_embeddings(tied: bool, embeddings: str | None, tmp_path
     merge(run, tmp_path / "merged", dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert torch.allclose(tiny.logits(model), trained, atol=2e-5)
+    assert same(tiny.logits(model), trained)
 
 
 def test_an_adapted_head_is_untied(tmp_path: Path) -> None:
@@ -104,7 +110,7 @@ def test_an_adapted_head_is_untied(tmp_path: Path) -> None:
     merge(run, tmp_path / "merged", dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert model.lm_head.weight is not model.model.embed_tokens.weight
-    assert torch.allclose(tiny.logits(model), trained, atol=2e-5)
+    assert same(tiny.logits(model), trained)
 
 
 def test_keep_base_original(tmp_path: Path) -> None:

@@ -243,6 +243,8 @@ def test_overrides() -> None:
     )
     assert Recipe.load(BASE, {"train.lr": 1e-5, "data": {"train": "eval.jsonl"}}).data.train == "eval.jsonl"
     assert Recipe.load(BASE, ["output=a=b"]).output == "a=b"
+    late = Recipe.load(BASE, ["adapter.targets=q_proj", "adapter=hira"]).adapter  # the order of the two says nothing
+    assert late == Recipe.load(BASE, ["adapter=hira", "adapter.targets=q_proj"]).adapter
 
 
 def test_an_override_of_steps_clears_epochs() -> None:

@@ -95,6 +95,40 @@ def test_an_overwritten_run_never_pairs_the_old_adapter_with_the_new_recipe(
     assert [p.name for p in finished.iterdir()] == ["recipe.yaml"]
 
 
+def test_a_bad_record_and_a_folder_without_a_model_are_told_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qtune.runs.load", lambda *args, **options: pytest.fail("the model was loaded"))
+    recipe = runs_helper.recipe(tmp_path)
+    (tmp_path / "task0.jsonl").write_text('{"prompt": "w1"}\n')
+    with pytest.raises(QtuneError, match="line 1: has 'prompt' but no 'completion'"):
+        train(recipe)
+    with pytest.raises(QtuneError, match="has no config.json, so it is no checkpoint folder"):
+        train(replace(recipe, model=str(tmp_path)))
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qtune.runs.load", lambda *args, **options: pytest.fail("the model was loaded"))
+    recipe = runs_helper.recipe(tmp_path)
+    told = f"cannot write to the folder {recipe.data.train}/x: Not a directory"
+    with pytest.raises(QtuneError, match=told):
+        train(replace(recipe, output=f"{recipe.data.train}/x"))
+    assert told in error_of(capsys, "quantize", recipe.model, "--out", f"{recipe.data.train}/x")
+
+
+def test_records_without_the_chat_template_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = runs_helper.recipe(tmp_path, train__steps=1)
+    note = "note: prompt records are learned as they stand, without the chat template"
+    train(recipe, screen=Screen())
+    assert capsys.readouterr().out.count(note) == 1
+    for path in Path(recipe.model).glob("chat_template*"):
+        path.unlink()
+    train(recipe, screen=Screen(), overwrite=True)
+    assert note not in capsys.readouterr().out
+
+
 def test_float16_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(runs_helper.recipe(tmp_path, dtype="float16", train__steps=1), screen=Screen())
     assert "float16 trains without loss scaling" in capsys.readouterr().out

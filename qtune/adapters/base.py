@@ -218,7 +218,8 @@ class AdapterSpec:
                 )
             elif not _fits(value, legal[name].default):
                 kind = type(legal[name].default).__name__
-                faults.append(f"adapter.{name} must be a {kind} like {legal[name].default!r}, not {value!r}")
+                article = "an" if kind[0] in "aeiou" else "a"
+                faults.append(f"adapter.{name} must be {article} {kind} like {legal[name].default!r}, not {value!r}")
         return faults or METHODS[self.method].check({n: p.default for n, p in legal.items()} | dict(self.options))
 
     def checked(self) -> AdapterSpec:
