@@ -123,8 +123,8 @@ def _merge(run: Run, out: Path, partial_out: Path, dtype: str, keep_base: str, s
 
 
 def check_merge(recipe: Recipe, out: Path, dtype: str, keep_base: str, overwrite: bool) -> None:
-    """Raises QtuneError for what can be known to be wrong before anything is loaded: an unknown option, or an `out` that
-    is the base, is not a checkpoint, or is one and may not be replaced."""
+    """Raises QtuneError for what is known to be wrong before anything is loaded: an unknown option, or an `out` that is
+    the base, is not a checkpoint, or is one and may not be replaced."""
     choices = (("dtype", dtype, DTYPES), ("--keep-base", keep_base, KEEP_BASE))
     faults = [str(one_of(what, given, legal)) for what, given, legal in choices if given not in legal]
     base = Path(recipe.model).expanduser()
