@@ -13,11 +13,11 @@ READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench clean setup FORCE
+.PHONY: help demo test test-slow check bench docs-tables clean setup FORCE
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is one of:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: setup ## fine-tune a small model on an NF4 base, merge and verify it (minutes on 2 CPU cores)
 	@$(PY) -m qtune demo
@@ -33,6 +33,9 @@ check: setup ## lint (ruff) and type-check (mypy)
 
 bench: setup ## run every benchmarks/*.py
 	@set -e; for script in benchmarks/[a-z]*.py; do test -e "$$script" || continue; echo "== $$script"; $(PY) "$$script"; done
+
+docs-tables: setup ## write the README's tables from benchmarks/results/
+	@$(PY) benchmarks/results.py
 
 clean: ## remove what building and testing left behind (.venv and runs/ stay)
 	@rm -rf build dist qtune.egg-info .pytest_cache .mypy_cache .ruff_cache

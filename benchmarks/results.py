@@ -95,7 +95,19 @@ def kernels_table(value: dict[str, Any]) -> list[str]:
     return rows
 
 
+def merge_table(value: dict[str, Any]) -> list[str]:
+    """What each way of merging leaves of a change, by the change's size."""
+    shares = list(dict.fromkeys(row["share"] for row in value["rows"]))
+    heads = [f"change of {share:.1%} of W" for share in shares]
+    rows = [f"| merged by | {' | '.join(heads)} |", "| --- |" + " --- |" * len(shares)]
+    for way in dict.fromkeys(row["way"] for row in value["rows"]):
+        cells = [f"{r['survives']:.1%} survives, error {r['error']:.2g}" for r in value["rows"] if r["way"] == way]
+        rows.append(f"| {way} | {' | '.join(cells)} |")
+    return rows
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "merge": merge_table,
     "load": load_table,
     "demo": demo_table,
     "kernels": kernels_table,
