@@ -19,9 +19,8 @@ from torch import Tensor
 
 from .encode import Encoder, shared
 from .errors import QtuneError
+from .loss import IGNORED, trained_tokens
 from .records import Record, read_records
-
-IGNORED = -100  # the label of a position that is not trained (torch's and transformers' default)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Batch:
     @property
     def trained(self) -> int:
         """The number of tokens that the shifted loss counts."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
+        return trained_tokens(self.labels)
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .data import Batch, Example, batches, collate
 from .errors import QtuneError
-from .loss import CHUNK_ELEMENTS
+from .loss import IGNORED, chunk_rows
 from .step import LanguageModel
 
 MAX_CHOICES = 8  # more distinct answers than this are not a choice
@@ -146,10 +146,10 @@ def _log_likelihood(model: LanguageModel, batch: Batch) -> Tensor:
     """Summed log likelihood of the trained positions of each row, fp32 [batch]."""
     hidden = model.hidden(batch.input_ids, batch.attention_mask)[:, :-1]
     target = batch.labels[:, 1:]
-    row, place = torch.nonzero(target != -100, as_tuple=True)
+    row, place = torch.nonzero(target != IGNORED, as_tuple=True)
     hidden, target = hidden[row, place], target[row, place]
     out = torch.zeros(len(batch.labels), device=hidden.device)
-    chunk = max(16, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)  # long answers: as in the loss
+    chunk = chunk_rows(model.config.get_text_config().vocab_size)
     for start in range(0, len(row), chunk):
         part = slice(start, start + chunk)
         logits = model.transform(model.head(hidden[part])).float()

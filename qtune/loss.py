@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IGNORED = -100
+IGNORED = -100  # the label of a position that is not trained (torch's and transformers' default)
 CHUNK_ELEMENTS = 1 << 24  # logits of one chunk: 64 MiB in fp32
 
 Transform = Callable[[Tensor], Tensor]
@@ -62,7 +62,7 @@ def cross_entropy_sum(hidden: Tensor, labels: Tensor, head: nn.Module, vocabular
     kept = target != IGNORED
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
     target = target[kept]
-    chunk = max(16, CHUNK_ELEMENTS // vocabulary)
+    chunk = chunk_rows(vocabulary)
     if torch.is_grad_enabled():
         trained = [p for p in head.parameters() if p.requires_grad]
         return _ChunkedCrossEntropy.apply(hidden, target, head, transform, chunk, *trained)
@@ -71,6 +71,11 @@ def cross_entropy_sum(hidden: Tensor, labels: Tensor, head: nn.Module, vocabular
         logits = transform(head(hidden[start : start + chunk])).float()
         total += F.cross_entropy(logits, target[start : start + chunk], reduction="sum")
     return total
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Positions whose logits are made at a time."""
+    return max(16, CHUNK_ELEMENTS // vocabulary)
 
 
 def trained_tokens(labels: Tensor) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .adapters.files import load_adapter
+from .adapters.files import INFO, load_adapter
 from .errors import QtuneError
 from .model import load, load_tokenizer, save_quantized
 from .model.source import open_source
@@ -42,13 +42,13 @@ class Run:
 def is_run(path: str | Path) -> bool:
     """Does this folder hold a recipe and an adapter?"""
     folder = Path(path)
-    return (folder / RECIPE).is_file() and (folder / "adapter.json").is_file()
+    return (folder / RECIPE).is_file() and (folder / INFO).is_file()
 
 
 def read_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run. Raises QtuneError where the folder is no run."""
     if not is_run(folder):
-        missing = [name for name in (RECIPE, "adapter.json") if not (folder / name).is_file()]
+        missing = [name for name in (RECIPE, INFO) if not (folder / name).is_file()]
         raise QtuneError(
             f"{folder} is not a run: it lacks {' and '.join(missing)}; give the `output` folder of a `qtune train`"
         )

@@ -177,7 +177,7 @@ class Trainer:
     def _last_save(self) -> str:
         if self.saved is None:
             return "nothing was saved yet"
-        return f"{self.folder / 'adapter.safetensors'} holds the adapter of step {self.saved}"
+        return f"{self.folder / TENSORS} holds the adapter of step {self.saved}"
 
     def _log(self, step: int, row: dict[str, Any]) -> None:
         path = self.folder / METRICS
@@ -303,7 +303,7 @@ def _examples(recipe: Recipe, path: str, tokenizer: Any, screen: Screen) -> list
 
 def _claim(folder: Path, overwrite: bool) -> None:
     """Make the output folder, write something to it, and refuse to train over another run."""
-    if (folder / "adapter.safetensors").exists() and not overwrite:
+    if (folder / TENSORS).exists() and not overwrite:
         raise QtuneError(
             f"{folder} already holds a trained adapter; choose another folder with output=..., "
             "or give --overwrite to replace it"

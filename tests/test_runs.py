@@ -228,7 +228,7 @@ def test_long_choices_never_hold_all_logits(tmp_path: Path, monkeypatch: pytest.
     whole = evaluate._log_likelihood(language, batch)
     rows = []
     language.head.register_forward_hook(lambda m, i, o: rows.append(len(o)))
-    monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("qtune.loss.CHUNK_ELEMENTS", 1)
     assert torch.allclose(evaluate._log_likelihood(language, batch), whole, atol=1e-4) and max(rows) == 16
     assert CHUNK_ELEMENTS > 1
 

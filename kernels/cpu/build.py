@@ -107,11 +107,11 @@ def _alive(process: int) -> bool:
         return True
     try:
         os.kill(process, 0)
+        return True
     except ProcessLookupError:
         return False
-    except OSError:
-        pass
-    return True
+    except OSError:  # it exists, but is somebody else's
+        return True
 
 
 def _abandoned(lock: Path) -> bool:

@@ -291,12 +291,11 @@ def adapt(
     sources: Mapping[str, Source] | None = None,
     *,
     seed: int = 0,
-    start: bool = True,
 ) -> dict[str, Adapted]:
     """Put an adapter on each site of `model`, in place; everything else is frozen. Returns the adapted modules by site.
 
     sources: what is known of layers before packing, by site. seed: first values depend on it and on the site's name,
-    not on the order. start=False leaves the values unset, for loading.
+    not on the order. On meta there are no values.
     """
     spec.checked()
     method = METHODS[spec.method]
@@ -304,7 +303,7 @@ def adapt(
         raise QtuneError("this model already carries an adapter; load the base again to put another one on it")
     sites, shared = build(find_sites(model, spec.targets or method.targets), spec)
     for name, site in sites.items():
-        if start and not site.base.packed.is_meta:
+        if not site.base.packed.is_meta:
             with torch.random.fork_rng(devices=[]):
                 # only the CPU's generator: torch.manual_seed would leave those of all accelerators reseeded
                 torch.default_generator.manual_seed(zlib.crc32(f"{seed}.{name}".encode()))
