@@ -1,7 +1,7 @@
 """Which kernel serves which op on this machine: decided once per (op, device type), never silently.
 
 A kernel module lives under kernels/<device type>/ and holds `KERNELS` (op name -> function with the op's own
-arguments), `why_not()` (None, or why none of them can run here), `features()` and `reset()`. It is imported at the
+arguments) and `LIBRARY` (`why_not()`: None, or why none of them can run here; `reset()`). It is imported at the
 first question, and only then may it compile. The environment variable QTUNE_KERNELS chooses: `auto` (a kernel if one
 runs here, else the torch reference), `reference` (never a kernel), `require` (a kernel that cannot run is an error).
 Left out: several kernels of one op.
@@ -39,7 +39,7 @@ def _find(name: str, device_type: str) -> tuple[Callable[..., Any] | None, str, 
     for module in MODULES.get(device_type, ()):
         found = import_module(f"qtune.kernels.{device_type}.{module}")
         if name in found.KERNELS:
-            why = found.why_not()
+            why = found.LIBRARY.why_not()
             return (None, why, True) if why else (found.KERNELS[name], f"kernels/{device_type}/{module}.py", True)
     return None, ABSENT.get(device_type, f"no {device_type} kernel of this op is written"), False
 
@@ -85,7 +85,7 @@ def report(names: Iterable[str]) -> list[dict[str, str]]:
 
 def cpu_features() -> dict[str, Any]:
     """What the CPU kernels run on: {simd, openmp, compiler, library, why}; builds them if need be."""
-    features: dict[str, Any] = import_module("qtune.kernels.cpu.blockwise4").features()
+    features: dict[str, Any] = import_module("qtune.kernels.cpu.blockwise4").LIBRARY.features()
     return features
 
 
@@ -95,4 +95,4 @@ def reset() -> None:
         _decided.clear()
         for device, modules in MODULES.items():
             for module in modules:
-                import_module(f"qtune.kernels.{device}.{module}").reset()
+                import_module(f"qtune.kernels.{device}.{module}").LIBRARY.reset()

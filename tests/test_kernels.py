@@ -28,14 +28,14 @@ SHAPES = ((64, 64), (1,), (3, 7), (129, 33), (17, 96), (1, 5000), (2, 4096), (5,
 def kernels():  # type: ignore[no-untyped-def]
     import qtune.kernels.cpu.blockwise4 as module
 
-    if why := module.why_not():
+    if why := module.LIBRARY.why_not():
         pytest.skip(why)
     return module
 
 
 @pytest.fixture(params=("scalar", "avx2", "avx512", "neon"))
 def simd(request: pytest.FixtureRequest) -> str:
-    if request.param not in kernels().simd_paths():
+    if request.param not in kernels().LIBRARY.simd_paths():
         pytest.skip(f"this machine has no {request.param}")
     return request.param
 
@@ -81,7 +81,7 @@ def test_equals_bitsandbytes_and_the_reference(shape, dtype, block, kind, poison
     want, state = theirs(w, kind, block, False)
     _, double = theirs(w, kind, block, True)
     nested = (double.absmax, double.state2.absmax, double.offset.reshape(1))
-    for path in k.simd_paths():
+    for path in k.LIBRARY.simd_paths():
         codes, absmax = k.blockwise4_pack(w, kind, block, path)
         assert torch.equal(codes, want), path
         assert same(absmax, state.absmax), path
@@ -253,7 +253,7 @@ def test_what_does_not_fit_is_refused_all_at_once() -> None:
         k.blockwise4_pack(torch.randn(8), "nf5", 64)
     with pytest.raises(QtuneError, match=r"float64.*block 3 is not"):
         k.blockwise4_pack(torch.randn(8).double(), "nf4", 3)
-    absent = next(name for name in ("neon", "avx512") if name not in k.simd_paths())
+    absent = next(name for name in ("neon", "avx512") if name not in k.LIBRARY.simd_paths())
     with pytest.raises(QtuneError, match="lacks the SIMD path"):
         k.blockwise4_pack(torch.randn(8), "nf4", 64, absent)
 

@@ -136,7 +136,9 @@ def test_new_weight_between_forward_and_backward_is_an_error(scheme: Scheme) -> 
 
 @every_scheme
 def test_training_works_after_an_evaluation_in_inference_mode(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_arenas", ops._Arenas())  # the first product of the process is the evaluation's
+    monkeypatch.setattr(
+        ops.packed, "_arenas", ops.packed._Arenas()
+    )  # the first product of the process is the evaluation's
     layer = linear(scheme)
     with torch.inference_mode():
         layer(torch.randn(2, IN))

@@ -6,13 +6,13 @@ path reads wrong scales there): its torch implementation is the oracle for those
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from op_samples import Packed, same
 from torch import Tensor
 
 from qtune import backend, ops, tables
@@ -27,13 +27,6 @@ qtune = torch.ops.qtune
 def references(monkeypatch: pytest.MonkeyPatch) -> None:
     """The references serve every op."""
     monkeypatch.setattr(backend, "kernel", lambda name, device: None)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal dtype, shape and bits, so that NaN equals NaN and 0 differs from -0."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
 # ---- inputs that are easy to get wrong
@@ -260,35 +253,6 @@ def test_int8_unpack_is_the_exact_product_rounded_once(dtype: torch.dtype) -> No
 # ---- products
 
 
-class Packed:
-    """One weight in one format: its ops with everything but their own arguments filled in."""
-
-    def __init__(self, form: str, w: Tensor) -> None:
-        self.form, self.shape = form, tuple(w.shape)
-        if form == "int8":
-            self.parts: tuple[Any, ...] = qtune.int8_pack(w)
-            return
-        kind, _, double = form.partition("-")
-        codes, absmax = qtune.blockwise4_pack(w, kind, 64)
-        nested, offset = None, None
-        if double:
-            offset = absmax.mean().reshape(1)
-            absmax, nested = qtune.dynamic8_pack(absmax - offset)
-        self.parts = (codes, absmax, nested, offset, kind, 64, self.shape)
-
-    def _op(self, name: str) -> Any:
-        return getattr(qtune, f"{'int8' if self.form == 'int8' else 'blockwise4'}_{name}")
-
-    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self._op("unpack")(*self.parts, dtype)
-
-    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._op("rows")(ids, *self.parts, dtype)
-
-    def matmul(self, x: Tensor, transpose: bool) -> Tensor:
-        return self._op("matmul")(x, *self.parts, transpose)
-
-
 FORMS = ("nf4", "fp4", "nf4-double", "fp4-double", "int8")
 SHAPES = [
     (64, 128),
@@ -396,7 +360,7 @@ def test_chunks_change_no_byte(form: str, monkeypatch: pytest.MonkeyPatch) -> No
         return [*tensors, packed.unpack(torch.bfloat16), packed.rows(ids, torch.float16), packed.matmul(x, False)]
 
     whole = everything()
-    monkeypatch.setattr(ops, "CHUNK", 4096)  # 11 chunks, none of which ends with a row
+    monkeypatch.setattr(ops.packed, "CHUNK", 4096)  # 11 chunks, none of which ends with a row
     chunked = everything()
     assert len(whole) == len(chunked)
     assert all(same(a, b) for a, b in zip(whole, chunked, strict=True))
@@ -407,10 +371,10 @@ def test_chunks_of_odd_ends(block: int, monkeypatch: pytest.MonkeyPatch) -> None
     """The last chunk may be less than a block, and a single value."""
     for n in (4096, 4097, 8192 - 1, 8192 + 1, 8192 + 63):
         w = torch.randn(n)
-        monkeypatch.setattr(ops, "CHUNK", 1 << 22)
+        monkeypatch.setattr(ops.packed, "CHUNK", 1 << 22)
         whole = qtune.blockwise4_pack(w, "nf4", block)
         out = qtune.blockwise4_unpack(*whole, None, None, "nf4", block, (n,), torch.float32)
-        monkeypatch.setattr(ops, "CHUNK", 4096)
+        monkeypatch.setattr(ops.packed, "CHUNK", 4096)
         assert all(same(a, b) for a, b in zip(whole, qtune.blockwise4_pack(w, "nf4", block), strict=True))
         assert same(out, qtune.blockwise4_unpack(*whole, None, None, "nf4", block, (n,), torch.float32))
 
@@ -456,60 +420,6 @@ def test_int8_rows_beyond_two_to_the_31(index: torch.dtype, sparse: Callable[[in
     codes[rows - 1] = torch.arange(width).remainder(255).sub(127).to(torch.int8)
     got = qtune.int8_rows(torch.tensor([rows - 1], dtype=index), codes, torch.full((rows,), 127.0), torch.float32)
     assert torch.allclose(got[0], codes[rows - 1].float())
-
-
-# ---- what the dispatcher is told
-
-
-def samples() -> dict[str, list[tuple[Any, ...]]]:
-    """Small arguments for every op."""
-    double, single, int8 = (
-        Packed("nf4-double", torch.randn(6, 70)),
-        Packed("fp4", torch.randn(3, 5)),
-        Packed("int8", torch.randn(6, 70)),
-    )
-    ids, x, y = torch.tensor([[0, 2], [1, 2]]), torch.randn(2, 3, 70), torch.randn(4, 6).bfloat16()
-    return {
-        "blockwise4_pack": [(torch.randn(3, 33), "nf4", 64), (torch.randn(4, 64).half(), "fp4", 32)],
-        "dynamic8_pack": [(torch.randn(300),), (torch.randn(1),)],
-        "blockwise4_unpack": [(*double.parts, torch.bfloat16), (*single.parts, torch.float32)],
-        "blockwise4_rows": [(ids, *double.parts, torch.float16), (ids[0], *single.parts, torch.float32)],
-        "blockwise4_matmul": [(x, *double.parts, False), (y, *double.parts, True), (x[0, 0, :5], *single.parts, False)],
-        "int8_pack": [(torch.randn(4, 33),), (torch.randn(1, 1).bfloat16(),)],
-        "int8_unpack": [(*int8.parts, torch.bfloat16)],
-        "int8_rows": [(ids, *int8.parts, torch.float16)],
-        "int8_matmul": [(x, *int8.parts, False), (y, *int8.parts, True)],
-    }  # fmt: skip
-
-
-def test_every_op_has_samples() -> None:
-    assert set(samples()) == set(ops.REFERENCES)
-
-
-@pytest.mark.parametrize("name", sorted(ops.REFERENCES))
-def test_opcheck(name: str) -> None:
-    for args in samples()[name]:
-        torch.library.opcheck(getattr(qtune, name).default, args)
-
-
-@pytest.mark.parametrize("name", sorted(ops.REFERENCES))
-def test_shapes_on_meta_are_the_real_ones(name: str) -> None:
-    for args in samples()[name]:
-        real = getattr(qtune, name)(*args)
-        meta = getattr(qtune, name)(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
-        real, meta = (r if isinstance(r, tuple) else (r,) for r in (real, meta))
-        assert [m.device.type for m in meta] == ["meta"] * len(real)
-        assert [(m.dtype, m.shape, m.stride()) for m in meta] == [(r.dtype, r.shape, r.stride()) for r in real]
-
-
-@pytest.mark.parametrize("name", sorted(ops.REFERENCES))
-def test_ops_leave_their_arguments_alone_and_return_fresh_memory(name: str) -> None:
-    for args in samples()[name]:
-        before = copy.deepcopy(args)
-        out = getattr(qtune, name)(*args)
-        for tensor in out if isinstance(out, tuple) else (out,):
-            tensor.zero_()
-        assert all(same(a, b) for a, b in zip(before, args, strict=True) if isinstance(a, Tensor))
 
 
 # ---- which implementation serves

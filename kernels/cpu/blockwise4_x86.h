@@ -1,19 +1,10 @@
 // The AVX2 and AVX-512 paths of blockwise4.cpp, which includes this file once, on x86-64 only. Both equal the scalar path bit for bit.
 #pragma once
-#include <immintrin.h>
-#define AVX2 __attribute__((target("avx2,f16c")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c")))
+#include "simd_x86.h"
 
 namespace {
 
 // ---- AVX2: eight values a vector
-
-template <int D> AVX2 inline __m256 load8(const void *w, int64_t i) {
-    if (D == F32) return _mm256_loadu_ps(static_cast<const float *>(w) + i);
-    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i *>(static_cast<const uint16_t *>(w) + i));
-    if (D == F16) return _mm256_cvtph_ps(raw);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
-}
 
 struct Bounds8 { __m256 middle, low, high, quarters, odds; };
 
@@ -62,14 +53,6 @@ template <int D> AVX2 void pack_avx2(const void *task, int64_t first, int64_t la
         }
         pack_values<D>(t, i, end, factor, false);
     }
-}
-
-AVX2 inline __m256i bf16_bits8(__m256 v) {    // eight bf16 in 32-bit lanes, to nearest even
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc0), nan);
 }
 
 template <int D> AVX2 inline void unpack_narrow8(const Unpack &t, __m256 low, __m256 high, int64_t i, int64_t end) {
@@ -122,13 +105,6 @@ template <int D> AVX2 void unpack_avx2(const void *task, int64_t first, int64_t 
 
 // ---- AVX-512: sixteen values a vector, so a table of sixteen fits in one register
 
-template <int D> AVX512 inline __m512 load16(const void *w, int64_t i) {
-    if (D == F32) return _mm512_loadu_ps(static_cast<const float *>(w) + i);
-    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(static_cast<const uint16_t *>(w) + i));
-    if (D == F16) return _mm512_cvtph_ps(raw);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-}
-
 struct Bounds16 { __m512 eight, four, two, one; };
 
 AVX512 inline __m512i bucket16(const Bounds16 &b, __m512 v) {    // `two` and `one` are read at the code found so far
@@ -163,14 +139,6 @@ template <int D> AVX512 void pack_avx512(const void *task, int64_t first, int64_
         }
         pack_values<D>(t, i, end, factor, false);
     }
-}
-
-AVX512 inline __m256i bf16_bits16(__m512 v) {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-    up = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-    return _mm512_cvtepi32_epi16(up);
 }
 
 template <int D> AVX512 void unpack_avx512(const void *task, int64_t first, int64_t last) {

@@ -5,8 +5,7 @@
     w ~ code * absmax[row] / 127             int8: one scale a row, applied after the product
 
 Sources: QLoRA (arXiv 2305.14314), LLM.int8 (2208.07339), dynamic map (1511.04561). Codes and scales are bit-equal to
-bitsandbytes 0.50 on CPU. A kernel may serve an op in place of its reference: `backend.kernel` decides once per (op,
-device type). Left out: products in packed form.
+bitsandbytes 0.50 on CPU. Left out: products in packed form.
 """
 
 from __future__ import annotations
@@ -14,42 +13,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backend
-from .tables import NESTED_BLOCK, bounds, dynamic8, dynamic8_grid, pairs, table
-
-REFERENCES: dict[str, Callable[..., Any]] = {}
+from .. import backend
+from ..tables import NESTED_BLOCK, bounds, dynamic8, dynamic8_grid, pairs, table
+from .registry import is_fp64, op
 
 TINY = 1e-38  # bitsandbytes' floor for a block's absmax
 CHUNK = 1 << 22  # elements a reference handles at a time, so that its temporaries stay small
-
-
-def _is_fp64(value: object) -> bool:
-    """Kernels serve fp32, bf16 and fp16; fp64, for gradient checks and oracles, is the references' on every machine."""
-    return value is torch.float64 or (isinstance(value, Tensor) and value.dtype == torch.float64)
-
-
-def _op(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Register `qtune::<name>`: the decorated function is its shape function, `reference` its meaning."""
-    name = reference.__name__
-
-    def body(*args: Any) -> Any:
-        tensor = next(a for a in args if isinstance(a, Tensor))
-        kernel = None if any(map(_is_fp64, args)) else backend.kernel(name, tensor.device.type)
-        return (kernel or reference)(*args)
-
-    def register(fake: Callable[..., Any]) -> Any:
-        schema = torch.library.infer_schema(reference, mutates_args=())
-        op = torch.library.custom_op(f"qtune::{name}", body, mutates_args=(), schema=schema)
-        op.register_fake(fake)
-        REFERENCES[name] = reference
-        return op
-
-    return register
 
 
 # ---- 4-bit blocks ----
@@ -81,7 +54,7 @@ def blockwise4_pack(w: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
     return codes, absmax
 
 
-@_op(blockwise4_pack)
+@op(blockwise4_pack)
 def _(w: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
     n = w.numel()
     return w.new_empty((n + 1) // 2, dtype=torch.uint8), w.new_empty(-(n // -block), dtype=torch.float32)
@@ -98,7 +71,7 @@ def dynamic8_pack(x: Tensor) -> tuple[Tensor, Tensor]:
     return dynamic8_grid(x.device)[point].view(-1)[:m].contiguous(), absmax
 
 
-@_op(dynamic8_pack)
+@op(dynamic8_pack)
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=torch.uint8), x.new_empty(-(x.numel() // -NESTED_BLOCK))
 
@@ -143,7 +116,7 @@ def blockwise4_unpack_into(
 
 
 def _unpack_into(out: Tensor) -> Callable[..., None]:
-    kernel = None if _is_fp64(out) else backend.kernel("blockwise4_unpack_into", out.device.type)
+    kernel = None if is_fp64(out) else backend.kernel("blockwise4_unpack_into", out.device.type)
     return kernel or blockwise4_unpack_into
 
 
@@ -163,7 +136,7 @@ def blockwise4_unpack(
     return out
 
 
-@_op(blockwise4_unpack)
+@op(blockwise4_unpack)
 def _(codes, absmax, nested_absmax, nested_offset, kind, block, shape, dtype):  # type: ignore[no-untyped-def]
     return codes.new_empty(shape, dtype=dtype)
 
@@ -200,7 +173,7 @@ def blockwise4_rows(
     return out.view(*ids.shape, width)
 
 
-@_op(blockwise4_rows)
+@op(blockwise4_rows)
 def _(ids, codes, absmax, nested_absmax, nested_offset, kind, block, shape, dtype):  # type: ignore[no-untyped-def]
     return codes.new_empty((*ids.shape, shape[1]), dtype=dtype)
 
@@ -261,7 +234,7 @@ def blockwise4_matmul(
     return _product(x, w, transpose)
 
 
-@_op(blockwise4_matmul)
+@op(blockwise4_matmul)
 def _(x, codes, absmax, nested_absmax, nested_offset, kind, block, shape, transpose):  # type: ignore[no-untyped-def]
     return _product_like(x, shape, transpose)
 
@@ -286,7 +259,7 @@ def int8_pack(w: Tensor) -> tuple[Tensor, Tensor]:
     return codes, absmax
 
 
-@_op(int8_pack)
+@op(int8_pack)
 def _(w: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(w, dtype=torch.int8), w.new_empty(w.shape[0], dtype=torch.float32)
 
@@ -302,7 +275,7 @@ def int8_unpack(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@_op(int8_unpack)
+@op(int8_unpack)
 def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(codes, dtype=dtype)
 
@@ -315,7 +288,7 @@ def int8_rows(ids: Tensor, codes: Tensor, absmax: Tensor, dtype: torch.dtype) ->
     return rows.view(*ids.shape, codes.shape[1])
 
 
-@_op(int8_rows)
+@op(int8_rows)
 def _(ids: Tensor, codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty((*ids.shape, codes.shape[1]), dtype=dtype)
 
@@ -338,6 +311,6 @@ def int8_matmul(x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool) -> Te
     return torch.mul(y, scale, out=y)
 
 
-@_op(int8_matmul)
+@op(int8_matmul)
 def _(x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool) -> Tensor:
     return _product_like(x, codes.shape, transpose)
