@@ -1,4 +1,4 @@
-"""NF4/FP4 pack and unpack on the CPU: ctypes wrappers of blockwise4.cpp, bit-equal to the references in qtune/ops.py.
+"""NF4/FP4 pack and unpack on the CPU: ctypes wrappers of blockwise4.cpp, bit-equal to the references in qtune/ops/.
 
 Functions take the ops' own arguments; `simd` (scalar, avx2, avx512, neon) forces a path, for tests.
 """

@@ -1,4 +1,4 @@
-"""Custom ops `torch.ops.qtune.*`: each a schema, a torch reference (the truth) and a shape function; kernels serve them."""
+"""Custom ops `torch.ops.qtune.*`: each a schema, a torch reference (the truth) and a shape function."""
 
 from .packed import INT8_STEP, arena, block_scales
 from .registry import REFERENCES

@@ -1,4 +1,4 @@
-"""How an op is made: a reference in torch (the truth), a shape function for meta, and whichever kernel serves it here."""
+"""How an op is made: a reference in torch (the truth), a shape function, and whichever kernel serves it here."""
 
 from __future__ import annotations
 
