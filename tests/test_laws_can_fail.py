@@ -37,55 +37,65 @@ from qtune.adapters.lora import LoRA
 from qtune.quant import QuantLinear
 
 
-class Off(LoRA):
+class Plain(LoRA):
+    """LoRA in two terms, so that a break can change the second."""
+
+    def update(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.A.to(x.dtype)) * self.scale, self.B.to(x.dtype))
+
+    def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
+        return base(x) + self.update(x)
+
+
+class Off(Plain):
     def reset(self, base: QuantLinear, source: Any = None) -> None:
         super().reset(base, source)
         nn.init.constant_(self.B, 1e-4)
 
 
-class MergesTwice(LoRA):
+class MergesTwice(Plain):
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().merged(base)
         return 2 * weight - base.dequantize(), bias
 
 
-class MergesNoBias(LoRA):
+class MergesNoBias(Plain):
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
         return super().merged(base)[0], None
 
 
-class Bends(LoRA):
+class Bends(Plain):
     def update(self, x: Tensor) -> Tensor:
         return torch.tanh(super().update(x))
 
 
-class ClaimsToBend(LoRA):
+class ClaimsToBend(Plain):
     mergeable = False
 
 
-class LearnsHalf(LoRA):
+class LearnsHalf(Plain):
     def update(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.A), self.B.detach())
 
 
-class TrainsTheBase(LoRA):
+class TrainsTheBase(Plain):
     def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
         base.packed.data[5] ^= 1
         return super().forward(x, base)
 
 
-class Forgets(LoRA):
+class Forgets(Plain):
     def reset(self, base: QuantLinear, source: Any = None) -> None:
         super().reset(base, source)
         self.scale = 0.5
 
 
-class Widens(LoRA):
+class Widens(Plain):
     def update(self, x: Tensor) -> Tensor:
         return super().update(x).float()
 
 
-class Flattens(LoRA):
+class Flattens(Plain):
     def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
         y = super().forward(x, base)
         return y.flatten(0, -2) if y.ndim > 2 else y
@@ -96,13 +106,13 @@ class Keeps(HiRA):
         return base(x) + F.linear(x, base.dequantize(x.dtype) * (self.B @ self.A))
 
 
-class Hoards(LoRA):
+class Hoards(Plain):
     def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
         self.hoard = base.dequantize(torch.bfloat16)
         return super().forward(x, base)
 
 
-class Counts(LoRA):
+class Counts(Plain):
     calls = 0
 
     def update(self, x: Tensor) -> Tensor:
@@ -110,30 +120,30 @@ class Counts(LoRA):
         return super().update(x) * self.calls
 
 
-class KnowsTheCompiler(LoRA):
+class KnowsTheCompiler(Plain):
     def update(self, x: Tensor) -> Tensor:
         return super().update(x) * (2 if torch.compiler.is_compiling() else 1)
 
 
-class SparesOnMeta(LoRA):
+class SparesOnMeta(Plain):
     def update(self, x: Tensor) -> Tensor:
         u = super().update(x)
         return u if x.is_meta else u.exp().log1p()
 
 
-class TakesAnyRank(LoRA):
+class TakesAnyRank(Plain):
     @classmethod
     def check(cls, options: Any) -> list[str]:
         return []
 
 
-class Climbs(LoRA):
+class Climbs(Plain):
     def update(self, x: Tensor) -> Tensor:
         u = super().update(x)
         return 2 * u.detach() - u
 
 
-class Corrodes(LoRA):
+class Corrodes(Plain):
     def reset(self, base: QuantLinear, source: Any = None) -> None:
         super().reset(base, source)
         self.held = [base]
@@ -143,24 +153,24 @@ class Corrodes(LoRA):
         return super()._apply(fn, recurse)
 
 
-class Repacks(LoRA):
+class Repacks(Plain):
     def reset(self, base: QuantLinear, source: Any = None) -> None:
         super().reset(base, source)
         base.set_weight(base.dequantize() * 1.5)
 
 
-class StraightThrough(LoRA):
+class StraightThrough(Plain):
     def update(self, x: Tensor) -> Tensor:
         u = super().update(x)
         return 2 * u - u.detach()
 
 
-class StopsAtB(LoRA):
+class StopsAtB(Plain):
     def update(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.A), 2 * self.B - self.B.detach())
 
 
-class ClaimsToStop(LoRA):
+class ClaimsToStop(Plain):
     exact_gradient = False
 
 

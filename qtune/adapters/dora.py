@@ -65,10 +65,9 @@ class DoRA(LoRA):
 
     def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
         # y + (factor - 1) y: in bf16 a factor below 1.004 would round to 1
-        y = base.product(x) + self.update(x)
+        y = self.changed(x, base)
         change = (self.magnitude / self.norm(base, x.dtype) - 1).to(x.dtype)
-        y = torch.addcmul(y, y, change)
-        return y if base.bias is None else y + base.bias.to(y.dtype)
+        return base.shift(torch.addcmul(y, y, change))
 
     @torch.no_grad()
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:

@@ -49,13 +49,15 @@ class LoRA(Adapter):
         draw(self.A, nn.init.kaiming_uniform_, math.sqrt(5))
         nn.init.zeros_(self.B)
 
-    def update(self, x: Tensor) -> Tensor:
-        """s B A x: the low-rank branch alone. x [..., in] -> [..., out]."""
+    def changed(self, x: Tensor, base: QuantLinear) -> Tensor:
+        """x (W + s B A)^T, dropout on the low-rank branch only; without the bias. x [..., in] -> [..., out]."""
+        if not (self.dropout.p and self.training):
+            return base.product_plus(x, self.A, self.B, self.scale)
         inner = F.linear(self.dropout(x), self.A.to(x.dtype)) * self.scale
-        return F.linear(inner, self.B.to(x.dtype))
+        return base.product(x) + F.linear(inner, self.B.to(x.dtype))
 
     def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
-        return base(x) + self.update(x)
+        return base.shift(self.changed(x, base))
 
     @torch.no_grad()
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:

@@ -32,6 +32,40 @@ class _FrozenMatmul(torch.autograd.Function):
         return ctx.scheme.matmul(dy, views(ctx.scheme, packed, ctx.shape), ctx.shape, True), None, None, None
 
 
+class _FrozenPlusLowRank(torch.autograd.Function):
+    """x [..., in], packed, A [rank, in], B [out, rank] -> x W^T + (s x A^T) B^T [..., out].
+
+    The low-rank parts are added inside of the products, in place: no tensor of the size of x or y but the results.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, packed: Tensor, scheme: Scheme, shape: tuple[int, int], A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:
+        inner = torch.mm(x.reshape(-1, shape[1]), A.t()).mul_(scale)
+        ctx.save_for_backward(x, packed, A, B, inner)
+        ctx.scheme, ctx.shape, ctx.scale = scheme, shape, scale
+        y = scheme.matmul(x, views(scheme, packed, shape), shape, False)
+        y.view(-1, shape[0]).addmm_(inner, B.t())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, packed, A, B, inner = ctx.saved_tensors
+        rows = dy.reshape(-1, ctx.shape[0])
+        dx, dA, dB = None, None, None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
+            d_inner = torch.mm(rows, B).mul_(ctx.scale)
+        if ctx.needs_input_grad[0]:
+            dx = ctx.scheme.matmul(dy, views(ctx.scheme, packed, ctx.shape), ctx.shape, True)
+            dx.view(-1, ctx.shape[1]).addmm_(d_inner, A)
+        if ctx.needs_input_grad[4]:
+            dA = torch.mm(d_inner.t(), x.reshape(-1, ctx.shape[1]))
+        if ctx.needs_input_grad[5]:
+            dB = torch.mm(rows.t(), inner)
+        return dx, None, None, None, dA, dB, None
+
+
 def _autocast(x: Tensor) -> Tensor:
     """x as nn.Linear would take it: inside of an op, autocast would change the product's dtype unseen by its fake."""
     kind = x.device.type
@@ -122,10 +156,22 @@ class QuantLinear(_Packed):
         """x [..., in] -> x W^T [..., out], without the bias; in x's dtype, under autocast in autocast's."""
         return _FrozenMatmul.apply(_autocast(x), self.packed, self.scheme, self.shape)
 
+    def product_plus(self, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """x [..., in], A [rank, in], B [out, rank] -> x W^T + scale x A^T B^T [..., out], without the bias.
+
+        A and B get gradients; what is kept for the backward is x, A, B and x A^T. All in x's dtype, under autocast in
+        autocast's.
+        """
+        x = _autocast(x)
+        return _FrozenPlusLowRank.apply(x, self.packed, self.scheme, self.shape, A.to(x.dtype), B.to(x.dtype), scale)
+
+    def shift(self, y: Tensor) -> Tensor:
+        """y [..., out] plus the bias, if there is one."""
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        y = self.product(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.shift(self.product(x))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, scheme={self.scheme}, bias={self.bias is not None}"
