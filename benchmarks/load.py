@@ -16,13 +16,14 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from measure import PeakMemory, status
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
 SHAPE = {
@@ -37,17 +38,19 @@ LOADERS = {
 }
 
 
-def make_checkpoint(folder: Path, layers: int) -> int:
-    """Write random bf16 weights, one tensor in memory at a time; returns the bytes of the largest tensor."""
+def make_checkpoint(folder: Path, shape: dict[str, Any]) -> int:
+    """Write random bf16 weights of a Llama of this shape, one tensor in memory at a time; returns the bytes of the
+    largest tensor."""
     import torch
     import transformers
 
     from qtune.checkpoint import Entry, write
 
-    config = transformers.LlamaConfig(**SHAPE | {"num_hidden_layers": layers}, dtype="bfloat16")
+    config = transformers.LlamaConfig(**shape, dtype="bfloat16")
     with torch.device("meta"):
         state = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
-    del state["lm_head.weight"]
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def random(name: str) -> Callable[[], torch.Tensor]:
@@ -62,12 +65,6 @@ def make_checkpoint(folder: Path, layers: int) -> int:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     return max(2 * tensor.numel() for tensor in state.values())
-
-
-def status(field: str) -> int:
-    """A field of this process's status, in bytes (Linux)."""
-    with open("/proc/self/status") as file:
-        return int(next(line for line in file if line.startswith(field + ":")).split()[1]) * 1024
 
 
 def child(loader: str, folder: str) -> dict[str, Any]:
@@ -97,24 +94,16 @@ def child(loader: str, folder: str) -> dict[str, Any]:
         "qtune int8": lambda: qtune.model.load(folder, INT8()),
         "transformers": bitsandbytes_nf4,
     }[loader]
-    base, peak, done = status("RssAnon"), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, status("RssAnon"))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    start = time.perf_counter()
-    model = load()
-    seconds = time.perf_counter() - start
-    done.set()
-    thread.join()
+    base = status("RssAnon")
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        model = load()
+        seconds = time.perf_counter() - start
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     tensors |= {id(t): t for m in model.modules() for t in _quant_state(m)}
     return {
-        "loader": loader, "seconds": seconds, "base": base, "peak": peak - base, "after": status("RssAnon") - base,
+        "loader": loader, "seconds": seconds, "base": base, "peak": memory.peak - base,
+        "after": status("RssAnon") - base,
         "held": sum(t.numel() * t.element_size() for t in tensors.values()), "resident_peak": status("VmHWM"),
     }  # fmt: skip
 
@@ -173,7 +162,7 @@ def main() -> None:
     environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        largest = make_checkpoint(Path(folder), options.layers)
+        largest = make_checkpoint(Path(folder), SHAPE | {"num_hidden_layers": options.layers})
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         for loader in LOADERS:
             print(f"{LOADERS[loader]} ...", file=sys.stderr, flush=True)

@@ -40,6 +40,20 @@ def write(path: Path, value: dict[str, Any]) -> None:
     print(f"wrote {path}")
 
 
+def write_rows(path: Path, command: str, rows: list[dict[str, Any]], device: str = "cpu") -> None:
+    """A results file of one JSON row a line, each with date, hardware and versions; rows of other devices stay."""
+    where = {"command": command, "device": device, **machine()}
+    kept = [row for row in read_rows(path) if row["device"] != device] if path.exists() else []
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *(row | where for row in rows)]))
+    print(f"wrote {path}")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of such a file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 def _cpu() -> str:
     try:
         return next(line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
@@ -54,11 +68,11 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _source(name: str, value: dict[str, Any]) -> str:
+def _source(file: str, value: dict[str, Any]) -> str:
     versions = value["versions"]
     where = f"{value['hardware']['cpu']}, {value['hardware']['cores']} cores"
     packages = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    return f"({where}; {packages}; {value['date'][:10]}; `benchmarks/results/{name}.json`)"
+    return f"({where}; {packages}; {value['date'][:10]}; `benchmarks/results/{file}`)"
 
 
 def load_table(value: dict[str, Any]) -> list[str]:
@@ -85,14 +99,43 @@ def demo_table(value: dict[str, Any]) -> list[str]:
     ]
 
 
-def kernels_table(value: dict[str, Any]) -> list[str]:
-    """Median milliseconds, and each provider's ratio to qtune's kernel in the same run."""
-    rows = ["| op, 4096 x 4096 | provider | median ms | times qtune's |", "| --- | --- | --- | --- |"]
-    own = {row["op"]: row["p50_ms"] for row in value["rows"] if row["provider"] == "qtune"}
-    for row in value["rows"]:
-        ratio = row["p50_ms"] / own[row["op"]]
-        rows.append(f"| {row['op']} | {row['provider']} | {row['p50_ms']:.2f} | {ratio:.2f} |")
-    return rows
+def kernels_table(rows: list[dict[str, Any]]) -> list[str]:
+    """One row an op: qtune's median, its share of the limit, and how many times as long others take."""
+    table = [
+        "| op | size | qtune, ms | of the limit | torch reference | others |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        by = {row["provider"]: row for row in rows if row["op"] == op}
+        own = by.pop("qtune")
+        if own.get("wrong"):
+            table.append(f"| `{op}` | {own['shape']} | wrong result, not timed | | | |")
+            continue
+        del by["limit"]
+        times = {name: f"{row['p50_ms'] / own['p50_ms']:.2g} x" for name, row in by.items()}
+        reference = times.pop("reference")
+        others = ", ".join(f"{name} {ratio}" for name, ratio in times.items())
+        table.append(
+            f"| `{op}` | {own['shape']} | {own['p50_ms']:.2f} | {own['of_limit']:.0%} | {reference} | {others} |"
+        )
+    return table
+
+
+def step_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Median time and peak memory of a step, and both as multiples of qtune's in the same run."""
+    table = [
+        "| step | stack | ms (p20 to p80) | times qtune's | peak memory | times qtune's | loss after the last step |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    own = {row["recipe"]: row for row in rows if row["provider"] == "qtune"}
+    for row in rows:
+        base = own[row["recipe"]]
+        table.append(
+            f"| {row['recipe']} | {row['provider']} | {row['p50_ms']:,.0f} ({row['p20_ms']:,.0f} to "
+            f"{row['p80_ms']:,.0f}) | {row['p50_ms'] / base['p50_ms']:.2f} | {row['peak_bytes'] / 2**20:,.0f} MiB "
+            f"| {row['peak_bytes'] / base['peak_bytes']:.2f} | {row['losses'][-1]:.4f} |"
+        )
+    return table
 
 
 def merge_table(value: dict[str, Any]) -> list[str]:
@@ -106,19 +149,31 @@ def merge_table(value: dict[str, Any]) -> list[str]:
     return rows
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+TABLES: dict[str, Callable[[Any], list[str]]] = {
     "merge": merge_table,
     "load": load_table,
     "demo": demo_table,
+    "step": step_table,
     "kernels": kernels_table,
 }
+
+
+def read(name: str) -> tuple[Any, str, dict[str, Any]]:
+    """What the table of this name is made of, the file's name, and a value that says where it was measured."""
+    path = FOLDER / f"{name}.jsonl"
+    if path.exists():
+        rows = [row for row in read_rows(path) if row["device"] == "cpu"]
+        return rows, path.name, rows[0]
+    path = path.with_suffix(".json")
+    value = json.loads(path.read_text("utf-8"))
+    return value, path.name, value
 
 
 def main() -> None:
     text = README.read_text("utf-8")
     for name, table in TABLES.items():
-        value = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
-        body = "\n".join((f"<!-- {name} -->", *table(value), "", _source(name, value), "<!-- end -->"))
+        value, file, where = read(name)
+        body = "\n".join((f"<!-- {name} -->", *table(value), "", _source(file, where), "<!-- end -->"))
         places = re.findall(rf"<!-- {name} -->.*?<!-- end -->", text, flags=re.DOTALL)
         assert len(places) == 1, f"README.md has {len(places)} places for {name}"
         text = text.replace(places[0], body)

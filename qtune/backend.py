@@ -18,8 +18,10 @@ from typing import Any
 from .errors import QtuneError, one_of
 
 MODES = ("auto", "reference", "require")
-MODULES: dict[str, tuple[str, ...]] = {"cpu": ("blockwise4",), "cuda": ()}
-ABSENT = {"cuda": "Triton kernels are not there yet"}
+MODULES: dict[str, tuple[str, ...]] = {
+    "cpu": ("blockwise4", "int8", "adamw8", "hadamard", "sparse", "layers", "loss", "attention"),
+    "cuda": ("blockwise4", "int8", "adamw8", "layers", "loss", "hadamard", "sparse"),
+}
 DEVICES = tuple(MODULES)
 
 _lock = threading.RLock()
@@ -41,7 +43,7 @@ def _find(name: str, device_type: str) -> tuple[Callable[..., Any] | None, str, 
         if name in found.KERNELS:
             why = found.LIBRARY.why_not()
             return (None, why, True) if why else (found.KERNELS[name], f"kernels/{device_type}/{module}.py", True)
-    return None, ABSENT.get(device_type, f"no {device_type} kernel of this op is written"), False
+    return None, f"no {device_type} kernel of this op is written", False
 
 
 def kernel(name: str, device_type: str) -> Callable[..., Any] | None:
@@ -67,10 +69,11 @@ def kernel(name: str, device_type: str) -> Callable[..., Any] | None:
         return _decided[key]
 
 
-def report(names: Iterable[str]) -> list[dict[str, str]]:
-    """Rows {op, device, provider, why} for every device type that qtune writes kernels for.
+def report(names: Iterable[str]) -> list[dict[str, Any]]:
+    """Rows {op, device, provider, why, written} for every device type that qtune writes kernels for.
 
-    provider: `kernel`, `reference`, or `none` where QTUNE_KERNELS=require and the kernel cannot run.
+    written: is there a kernel, whether it can run here or not. provider: `kernel`, `reference`, or `none` where
+    QTUNE_KERNELS=require and the kernel cannot run.
     """
     wanted, rows = mode(), []
     for device in DEVICES:
@@ -79,7 +82,7 @@ def report(names: Iterable[str]) -> list[dict[str, str]]:
                 (None, "QTUNE_KERNELS=reference", False) if wanted == "reference" else _find(name, device)
             )
             provider = "kernel" if found else "none" if wanted == "require" and written else "reference"
-            rows.append({"op": name, "device": device, "provider": provider, "why": why})
+            rows.append({"op": name, "device": device, "provider": provider, "why": why, "written": written})
     return rows
 
 

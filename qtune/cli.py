@@ -90,9 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command("methods", "List the adapter methods.")
     command("schemes", "List the storage schemes.")
-    command("doctor", "What this machine can do, and which kernel serves which op.").add_argument(
-        "--markdown", action="store_true", help="the table of kernels as Markdown"
-    )
+    sub = command("doctor", "What this machine can do, which kernel serves which op, and how fast it is here.")
+    sub.add_argument("--markdown", action="store_true", help="the table of kernels as Markdown")
+    sub.add_argument("--no-timing", action="store_true", help="do not time the ops (some seconds)")
     sub = command("demo", "Fine-tune a small real model on a real task, merge, verify, talk to it.")
     sub.add_argument("--out", default="demo", metavar="DIR", help="folder for model, data and run (demo)")
     sub.add_argument("--steps", type=int, metavar="N", help="fewer or more training steps")
@@ -325,7 +325,7 @@ def _schemes(args: argparse.Namespace) -> None:
 def _doctor(args: argparse.Namespace) -> None:
     from .doctor import doctor
 
-    doctor(json_out=args.json, markdown=args.markdown)
+    doctor(json_out=args.json, markdown=args.markdown, measure=not args.no_timing)
 
 
 def _demo(args: argparse.Namespace) -> None:

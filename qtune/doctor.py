@@ -1,4 +1,4 @@
-"""`qtune doctor`: what this system can do, and which kernel serves which op."""
+"""`qtune doctor`: what this system can do, which kernel serves which op, and how near each is to the machine's limit."""
 
 from __future__ import annotations
 
@@ -15,37 +15,100 @@ from rich.table import Table
 from . import __version__, backend
 from .ops import REFERENCES
 from .screen import size
+from .speed import cases, machine, seconds
 
-INSIDE = "blockwise4_unpack_into"  # no op of its own: blockwise4_matmul unpacks through it into its arena
+# an op that only joins another one with torch's product -> that other one
+INSIDE = {"blockwise4_matmul": "blockwise4_unpack_into", "int8_matmul": "int8_unpack_into"}
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "bitsandbytes", "peft", "gguf", "triton")
 
 
-def doctor(*, json_out: bool, markdown: bool) -> None:
-    """Print the findings as tables, as one JSON value, or the kernels as Markdown."""
-    rows = backend.report([*REFERENCES, INSIDE])
+def doctor(*, json_out: bool, markdown: bool, measure: bool = True) -> None:
+    """Print the findings as tables, as one JSON value, or the kernels as Markdown. measure: also time every op, which
+    takes some seconds (and compiles what is not compiled yet)."""
+    rows = served()
     if markdown:
         print("| op | device | served by | why |\n| --- | --- | --- | --- |")
         for row in rows:
             print(f"| `{row['op']}` | {row['device']} | {row['provider']} | {row['why']} |")
         return
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     facts = findings()
+    console = Console(stderr=json_out)
+    if not json_out:
+        table = Table(title=f"qtune {__version__} on this machine", title_justify="left", show_header=False)
+        for key, value in facts.items():
+            table.add_row(key, str(value), style=None)
+        console.print(table)
+    speeds = {}
+    if measure:
+        with console.status("timing every op (a first time compiles the kernels) ..."):
+            speeds = {device.type: speed(device) for device in devices}
     if json_out:
-        print(json.dumps({"system": facts, "kernels": rows}, indent=2, default=str))
+        print(json.dumps({"system": facts, "kernels": rows, "speed": speeds}, indent=2, default=str))
         return
-    console = Console()
-    table = Table(title=f"qtune {__version__} on this machine", title_justify="left", show_header=False)
-    for key, value in facts.items():
-        table.add_row(key, str(value), style=None)
-    console.print(table)
-    table = Table(title="ops", title_justify="left")
-    for column in ("op", "device", "served by", "why"):
-        table.add_column(column, overflow="fold")
-    here = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+    for device in devices:
+        _print_ops(console, [row for row in rows if row["device"] == device.type], speeds.get(device.type))
+    if len(devices) == 1:
+        written = sum(row["written"] for row in rows if row["device"] == "cuda")
+        console.print(f"cuda: kernels for {written} ops, none in use: there is no CUDA device here", style="dim")
+
+
+def served() -> list[dict[str, Any]]:
+    """Rows {op, device, provider, why, written} of every op: those of `backend.report`; an op that joins another one
+    with torch's product is served by what serves that one."""
+    rows = {(row["op"], row["device"]): row for row in backend.report([*REFERENCES, *INSIDE.values()])}
+    for (name, device), row in rows.items():
+        inner = rows.get((INSIDE.get(name, ""), device))
+        if inner and row["provider"] == "reference" and inner["provider"] == "kernel":
+            row |= {"provider": "kernel", "why": f"{inner['why']} and torch's product", "written": inner["written"]}
+    return [row for (name, _), row in rows.items() if name not in INSIDE.values()]
+
+
+def speed(device: torch.device) -> dict[str, Any]:
+    """{copy: GB/s, product: {dtype: GFLOP/s}, ops: {op: {shape, ms, rate, unit, of_limit}}} measured now."""
+    here = machine(device)
+    ops = {}
+    for case in cases():
+        arguments = case.make(device)
+        took = seconds(lambda case=case, arguments=arguments: case.run(arguments), device, 3)  # type: ignore[misc]
+        bound = case.flop / here.product[case.dtype] > case.bytes / here.copy
+        ops[case.op] = {
+            "shape": case.shape,
+            "ms": 1e3 * took,
+            "rate": (case.flop if bound else case.bytes) / took / 1e9,
+            "unit": "GFLOP/s" if bound else "GB/s",
+            "of_limit": here.limit(case) / took,
+        }
+    product = {str(dtype).removeprefix("torch."): rate / 1e9 for dtype, rate in here.product.items()}
+    return {"copy": here.copy / 1e9, "product": product, "ops": ops}
+
+
+def _print_ops(console: Console, rows: list[dict[str, Any]], speeds: dict[str, Any] | None) -> None:
+    table = Table(title=f"ops on {rows[0]['device']}", title_justify="left")
+    table.add_column("op", no_wrap=True)
+    table.add_column("served by", overflow="fold")
+    for column in ("size", "ms", "rate", "of limit") if speeds else ():
+        table.add_column(column, justify="left" if column == "size" else "right", no_wrap=column != "size")
     for row in rows:
-        if row["device"] in here:
-            table.add_row(row["op"], row["device"], row["provider"], row["why"])
+        kernel = row["provider"] == "kernel"
+        by = row["why"].removeprefix("kernels/").replace(".py", "") if kernel else row["provider"]
+        cells = []
+        if speeds and (found := speeds["ops"].get(row["op"])):
+            rate = f"{found['rate']:,.0f} {found['unit']}" if found["rate"] >= 10 else f"{found['rate']:.1f} {found['unit']}"
+            cells = [found["shape"], f"{found['ms']:.2f}", rate, f"{found['of_limit']:.0%}"]
+        table.add_row(row["op"], by, *cells, style=None if kernel else "yellow")
     console.print(table)
-    console.print(f"blockwise4_matmul unpacks through {INSIDE}, then multiplies with torch's GEMM", style="dim")
+    if speeds:
+        products = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in speeds["product"].items())
+        console.print(
+            f"limit: the longer of reading and writing what an op must at the speed of a copy ({speeds['copy']:.0f} GB/s "
+            f"here, now) and of its arithmetic at the speed of torch's product ({products}); above 100% an op "
+            "works in the cache",
+            style="dim",
+        )
+    for why in dict.fromkeys(row["why"] for row in rows if row["provider"] != "kernel"):
+        names = ", ".join(row["op"] for row in rows if row["why"] == why)
+        console.print(f"no kernel for {names}: {why}", style="yellow")
 
 
 def findings() -> dict[str, Any]:

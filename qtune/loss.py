@@ -1,9 +1,9 @@
 """Cross entropy over a frozen head in chunks of tokens: the full logits never exist.
 
     loss = sum over trained positions of -log softmax(transform(head(h)))[label]
-Each chunk's gradient is taken in the forward pass and only d loss / d h [tokens, hidden] is kept (Liger and Apple's
-CCE do likewise on GPUs). Positions that are not trained are dropped before the head. `transform` is what a model's
-own forward does to its logits (Gemma's soft-capping ...).
+Each chunk's gradient is taken in the forward pass, in the place of its logits, and only d loss / d h [tokens, hidden]
+is kept (Liger and Apple's CCE do likewise on GPUs). Positions that are not trained are dropped before the head.
+`transform` is what a model's own forward does to its logits (Gemma's soft-capping ...).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from . import ops  # noqa: F401  (registers the ops)
 
 IGNORED = -100  # the label of a position that is not trained (torch's and transformers' default)
 CHUNK_ELEMENTS = 1 << 24  # logits of one chunk: 64 MiB in fp32
@@ -40,9 +41,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             with torch.enable_grad():
                 part = hidden[start : start + chunk].detach().requires_grad_()
-                loss = F.cross_entropy(transform(head(part)).float(), labels[start : start + chunk], reduction="sum")
-                grads = torch.autograd.grad(loss, (part, *trained))
-            total += loss.detach()
+                logits = transform(head(part))
+                total += _losses(logits, labels[start : start + chunk]).sum()
+                grads = torch.autograd.grad(logits, (part, *trained), logits.detach())
             grad[start : start + chunk] = grads[0]
             for into, g in zip(sums, grads[1:], strict=True):
                 into += g
@@ -68,9 +69,18 @@ def cross_entropy_sum(hidden: Tensor, labels: Tensor, head: nn.Module, vocabular
         return _ChunkedCrossEntropy.apply(hidden, target, head, transform, chunk, *trained)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk):
-        logits = transform(head(hidden[start : start + chunk])).float()
-        total += F.cross_entropy(logits, target[start : start + chunk], reduction="sum")
+        total += _losses(transform(head(hidden[start : start + chunk])), target[start : start + chunk]).sum()
     return total
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits [rows, vocabulary] -> losses fp32 [rows]; the logits become their gradient.
+
+    autograd counts the write: a transform or a head whose backward needs the logits that were would be refused, not
+    wrong.
+    """
+    losses: Tensor = torch.ops.qtune.cross_entropy_(logits.detach(), labels)
+    return losses
 
 
 def chunk_rows(vocabulary: int) -> int:

@@ -53,7 +53,13 @@ class TrainKeys:
     betas: tuple[float, float] = key("betas", "AdamW's two decay rates", (0.9, 0.999))
     clip: float | None = key("number", "largest norm of the gradient; null: no clipping", 1.0, above=0, null=True)
     checkpointing: bool = key("flag", "recompute activations in the backward pass: less memory, more time", True)
-    master_weights: bool = key("flag", "keep the adapters' weights in fp32 (bf16 loses small updates)", True)
+    optimizer: str = key(
+        "choice",
+        "adamw, or adamw8: two bytes of state a value, bf16 rounded stochastically",
+        "adamw",
+        legal=("adamw", "adamw8"),
+    )
+    master_weights: bool = key("flag", "adamw: keep bf16 weights in fp32 as well, for bf16 loses small updates", True)
     seed: int = key("whole", "seed of first values, dropout and the order of the data", 0, low=0)
     eval_every: int | None = key("whole", "steps between evaluations; null: only at the end", None, low=1, null=True)
     eval_at_start: bool = key("flag", "with data.eval: also evaluate before the first step", True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .adapters import METHODS, adapted_sites
 from .errors import QtuneError
 from .loss import Transform, cross_entropy_sum, logit_transform, trained_tokens
+from .model.fused import fuse, use_own_attention
 from .optim import AdamW
 
 SHORT = 128  # tokens: up to here plain attention is faster on a CPU than the fused kernel
@@ -49,11 +50,13 @@ class StepResult:
 
 
 class LanguageModel:
-    """A transformers causal model seen as body and head, so that the loss can be taken in chunks."""
+    """A transformers causal model seen as body and head, so that the loss can be taken in chunks; its norms, gated
+    MLPs and rotary embeddings become our faster twins (`model.fused`)."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.config = model.config
+        self.fused = fuse(model)
         self.transform: Transform = logit_transform(model.config.get_text_config())
 
     @property
@@ -78,16 +81,18 @@ class LanguageModel:
             hidden, batch.labels, self.head, self.config.get_text_config().vocab_size, self.transform
         )
 
-    def choose_attention(self, longest: int) -> bool:
-        """On a CPU, take plain products in place of torch's fused attention where no sequence is longer than SHORT.
+    def choose_attention(self, longest: int) -> str:
+        """On a CPU: our kernel where it runs; else, where no sequence is longer than SHORT, plain products.
 
-        The fused CPU kernel's backward is slow there, and the scores that the plain form keeps are small. Returns
-        whether it was done.
+        torch's fused CPU kernel has a slow backward, and for short sequences the scores that the plain form keeps are
+        small. Returns what was chosen, in words; '' where the model keeps what it has.
         """
+        if use_own_attention(self.model):
+            return "qtune's kernel"
         if next(self.model.parameters()).device.type != "cpu" or longest > SHORT:
-            return False
+            return ""
         self.model.set_attn_implementation("eager")
-        return True
+        return f"plain products, no example has more than {SHORT} tokens"
 
     def checkpointing(self, enabled: bool) -> None:
         """Recompute each layer in the backward pass, or not; takes effect in training mode."""

@@ -61,6 +61,17 @@ def dynamic8(device: torch.device) -> Tensor:
 
 
 @functools.cache
+def unsigned8(device: torch.device) -> Tensor:
+    """bitsandbytes' unsigned dynamic 8-bit map, fp32 [256] ascending from 0 to 1: 7 decades as above, each with the
+    values that the signed map spends on signs."""
+    data = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (i + 1) + 1, dtype=torch.float32, device="cpu")
+        data += ((10 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
+    return torch.tensor(sorted(data), dtype=torch.float32, device=device)
+
+
+@functools.cache
 def dynamic8_grid(device: torch.device) -> Tensor:
     """uint8 [65536]: the code of each point of bitsandbytes' 16-bit grid over [-1, 1], by which its CPU kernel
     rounds."""

@@ -26,12 +26,12 @@ from .data import Example, load_data, show_example, stream
 from .errors import QtuneError
 from .evaluate import EvalResult, evaluate
 from .model import load_tokenizer
-from .optim import AdamW, lr_factor
+from .optim import AdamW, AdamW8, lr_factor
 from .recipe import Recipe, TrainKeys
 from .runs import METRICS, RECIPE, anchored, load_base, pick_device, refuse_ranks
 from .safe_io import claim_folder, write_text
 from .screen import Screen, size
-from .step import SHORT, LanguageModel, NonFinite, TrainStep
+from .step import LanguageModel, NonFinite, TrainStep
 
 SAVES = 10  # saves of the adapter in a run, where the recipe does not say
 
@@ -79,14 +79,13 @@ class Trainer:
             for site, a in adapted_sites(model.model).items()
             for p, s in a.adapter.lr_scale().items()
         }
-        optimizer = AdamW(
-            named,
-            lr=keys.lr,
-            betas=keys.betas,
-            weight_decay=keys.weight_decay,
-            master_weights=keys.master_weights,
-            scales=scales,
-        )
+        options: dict[str, Any] = {
+            "lr": keys.lr, "betas": keys.betas, "weight_decay": keys.weight_decay, "scales": scales
+        }  # fmt: skip
+        if keys.optimizer == "adamw8":
+            optimizer: AdamW = AdamW8(named, seed=keys.seed, **options)
+        else:
+            optimizer = AdamW(named, master_weights=keys.master_weights, **options)
         self.train_step = TrainStep(model, optimizer, clip=keys.clip)
 
     def run(self) -> TrainResult:
@@ -253,8 +252,8 @@ def train(
     model, _ = load_base(recipe, screen, tokenizer=tokenizer)
     language = LanguageModel(model)
     language.check()
-    if language.choose_attention(max(len(example.input_ids) for example in (*examples, *held_out))):
-        screen.line(f"attention in plain products: no example has more than {SHORT} tokens")
+    if chosen := language.choose_attention(max(len(example.input_ids) for example in (*examples, *held_out))):
+        screen.line(f"attention  {chosen}")
     torch.manual_seed(recipe.train.seed)
     sites = (
         adapt(model, recipe.adapter, seed=recipe.train.seed) if start_from is None else load_adapter(model, start_from)

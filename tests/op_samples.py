@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtune import ops
+
 Samples = dict[str, list[tuple[Any, ...]]]
 qtune = torch.ops.qtune
 
@@ -68,7 +70,62 @@ def packed() -> Samples:
     }  # fmt: skip
 
 
+def layers() -> Samples:
+    """RMS norm, SwiGLU, rotary positions, and the loss."""
+    x, w, g, u = torch.randn(2, 3, 33), torch.randn(33), torch.randn(3, 37).half(), torch.randn(3, 37).half()
+    heads, angles = torch.randn(2, 4, 3, 10).bfloat16().transpose(1, 2), torch.randn(1, 3, 8)
+    turn = (heads, angles.cos().bfloat16(), angles.sin().bfloat16())
+    labels = torch.tensor([4, 0, 69])
+    return {
+        "rms_norm": [(x, w, 1e-6, 0.0, True), (x.bfloat16(), w.bfloat16(), 1e-5, 1.0, False)],
+        "rms_norm_backward": [(x, x + 1, w, torch.rand(2, 3) + 0.5, 0.0), (x.half(), x.half(), w, x[..., 0] ** 2, 1.0)],
+        "swiglu": [(g, u), (x[..., ::2], x[..., ::2])],
+        "swiglu_backward": [(g, u, g + 1), (x, x, x)],
+        "rotary": [(*turn, False), (*turn, True), (torch.randn(2, 3, 1, 8), angles.cos(), angles.sin(), False)],
+        "cross_entropy_": [(torch.randn(3, 70), labels), (torch.randn(3, 70).bfloat16(), labels)],
+    }  # fmt: skip
+
+
+def optim() -> Samples:
+    """AdamW with 8-bit states: a full block and a rest; stochastic rounding."""
+
+    def one(dtype: torch.dtype, grad: torch.dtype, seed: int) -> tuple[Any, ...]:
+        states = [t for _ in range(2) for t in (torch.randint(0, 256, (303,), dtype=torch.uint8), torch.rand(2))]
+        rates = (1e-3, 0.9, 0.999, 1e-8, 0.1)
+        return (torch.randn(3, 101).to(dtype), torch.randn(3, 101).to(grad), *states, *rates, 3, seed)
+
+    return {"adamw8_": [one(torch.float32, torch.float16, 0), one(torch.bfloat16, torch.bfloat16, 5)]}
+
+
+def transforms() -> Samples:
+    """Hadamard transforms and sparse products."""
+    x, y, values = torch.randn(2, 3, 44), torch.randn(5, 24).bfloat16(), torch.randn(7)
+    base = ops.hadamard_matrix(44)
+    rows, cols = torch.tensor([0, 3, 3, 7]), torch.tensor([5, 0, 43, 1, 1, 2, 9], dtype=torch.int16)
+    short, dy = (rows.int(), cols.int()), torch.randn(2, 3, 3)
+    return {
+        "hadamard": [(x, 0.5, False), (x[:, :0], 2.0, True), (y, 1.0, True)],
+        "hadamard_kronecker": [(x, base, 0.5, False), (torch.randn(2, 88).half(), base, 1.0, True)],
+        "sparse_matmul": [(x, rows, cols, values, 3), (x.half(), *short, values.half(), 3)],
+        "sparse_matmul_t": [(dy, rows, cols, values, 44), (dy.bfloat16(), *short, values, 44)],
+        "sampled_product": [(dy, x, rows, cols), (dy.bfloat16(), x.bfloat16(), *short)],
+    }
+
+
+def attention() -> Samples:
+    """Grouped heads, causal and masked, with a query that sees nothing; a strided q."""
+    mask = torch.rand(1, 1, 5, 7) < 0.7
+    mask[:, :, 2] = False
+    q, k, v = torch.randn(2, 4, 5, 8).transpose(1, 2), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    both = (q, k, v, mask.expand(2, 1, 5, 7), False, 0.3), (q.bfloat16(), k.bfloat16(), v.bfloat16(), None, True, 0.5)
+    douts = [torch.randn(2, 5, 4, 8).to(args[0].dtype) for args in both]
+    return {
+        "attention": list(both),
+        "attention_backward": [(d, *a[:3], *qtune.attention(*a), *a[3:]) for d, a in zip(douts, both, strict=True)],
+    }  # fmt: skip
+
+
 def samples() -> Samples:
     """Arguments for every op, by its name."""
-    families = (packed,)
+    families = (packed, layers, optim, transforms, attention)
     return {name: arguments for family in families for name, arguments in family().items()}

@@ -125,7 +125,7 @@ def test_listings(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    value = as_json(capsys, "doctor")
+    value = as_json(capsys, "doctor", "--no-timing")
     assert {"system", "cuda", "mps", "can do", "cpu kernels"} <= set(value["system"])
     assert any(row["op"] == "blockwise4_matmul" for row in value["kernels"])
     assert run(capsys, "doctor", "--markdown")[0].startswith("| op |")

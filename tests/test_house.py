@@ -27,7 +27,7 @@ ORDER = (
     {"kernels"},
     {"backend"},
     {"ops"},
-    {"quant"},
+    {"quant", "speed"},
     {"adapters"},
     {"peft", "recipe"},
     {"checkpoint", "gguf", "bnb", "records"},

@@ -466,3 +466,43 @@ def test_a_thread_has_an_arena_of_its_own() -> None:
     assert found[0].data_ptr() != mine.data_ptr()
     assert ops.arena(50, torch.float32, device).data_ptr() == mine.data_ptr(), "and it is reused"
     assert ops.arena(100, torch.bfloat16, device).data_ptr() != mine.data_ptr()
+
+
+# ---- the product with a low-rank part inside
+
+
+@every_scheme
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_low_rank_part_inside_of_the_product(scheme: Scheme, dtype: torch.dtype) -> None:
+    """No farther from fp64 than twice what the two-term form in the same dtype is, gradients as well."""
+    layer = linear(scheme)
+    values = {"x": torch.randn(2, 3, IN), "A": torch.randn(4, IN), "B": torch.randn(OUT, 4)}
+    dy = torch.randn(2, 3, OUT).to(dtype)
+    w = layer.dequantize(dtype)
+
+    def results(kind: torch.dtype, fused: bool) -> list[Tensor]:
+        x, A, B = (v.to(dtype).to(kind).requires_grad_() for v in values.values())
+        if fused:
+            y = layer.product_plus(x, A, B, 0.5)
+        else:
+            y = x @ w.to(kind).T + 0.5 * (x @ A.T) @ B.T
+        return [y, *torch.autograd.grad(y, (x, A, B), dy.to(kind))]
+
+    for ours, plain, exact in zip(
+        results(dtype, True), results(dtype, False), results(torch.float64, False), strict=True
+    ):
+        bound = 2 * (plain.double() - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
+        assert ours.dtype == dtype and (ours.double() - exact).abs().max() <= bound
+
+
+def test_only_the_gradients_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = linear(NF4(block=32)), torch.randn(3, IN)
+    A, B = torch.randn(4, IN), torch.randn(OUT, 4)
+    for wanted in ((0,), (1,), (2,), (0, 2), (1, 2)):
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate((x, A, B))]
+        layer.product_plus(*leaves, 2.0).sum().backward()
+        assert [i for i, leaf in enumerate(leaves) if leaf.grad is not None] == list(wanted)
+    leaves = [t.clone().requires_grad_(i > 0) for i, t in enumerate((x, A, B))]
+    y = layer.product_plus(*leaves, 2.0).sum()
+    monkeypatch.setattr(NF4, "matmul", lambda *_: pytest.fail("the base's product for an input that needs no gradient"))
+    y.backward()

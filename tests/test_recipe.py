@@ -50,7 +50,7 @@ def test_defaults() -> None:
     assert recipe.adapter.options == {n: p.default for n, p in METHODS["lora"].options().items()}
     assert recipe.data == DataKeys("train.jsonl", None, 512, "answer", None)
     assert recipe.train == TrainKeys(
-        None, 1.0, 4, 1, 2e-4, "cosine", 0.03, 0.0, (0.9, 0.999), 1.0, True, True, 0, None, True, None, 1
+        None, 1.0, 4, 1, 2e-4, "cosine", 0.03, 0.0, (0.9, 0.999), 1.0, True, "adamw", True, 0, None, True, None, 1
     )
 
 
@@ -347,6 +347,6 @@ def test_keys_for_the_docs() -> None:
     assert rows["train.lr"] == ("train.lr", 2e-4, "a number > 0", "peak learning rate")
     assert rows["model"].default == "required"
     assert (rows["scheme"].default, rows["adapter"].default) == ("nf4", "lora")
-    assert len(rows) == len(table) == 29
+    assert len(rows) == len(table) == 30
     assert all(row.doc and row.legal for row in rows.values())
     assert not [name for name in rows if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", name)]

@@ -12,6 +12,7 @@ import pytest
 import runs_helper
 import tiny
 import torch
+from cpu_kernels import cpu_kernels
 from torch import nn
 
 from qtune import loss as loss_module
@@ -188,14 +189,31 @@ def test_clipping_limits_the_norm_that_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "gpt2", "opt"])
-def test_plain_attention_is_the_same_attention(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_every_attention_is_the_same_attention(
+    own: bool, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(runs_helper.write_model(tmp_path / "m", family), Dense("float32"), dtype=torch.float32)
     language, b = LanguageModel(model), batch()
     b.attention_mask[1, 11:] = 0
     b.labels[1, 11:] = -100
-    fused = language.loss_sum(b)
-    assert not language.choose_attention(129) and language.choose_attention(128)
-    assert torch.allclose(language.loss_sum(b), fused, rtol=1e-5)
+    torchs = language.loss_sum(b)
+    if own:
+        cpu_kernels("attention")
+        assert language.choose_attention(1000) == "qtune's kernel"
+        assert model.config._attn_implementation == "qtune"
+    else:
+        monkeypatch.setattr("qtune.step.use_own_attention", lambda model: False)
+        assert not language.choose_attention(129) and "128" in language.choose_attention(128)
+        assert model.config._attn_implementation == "eager"
+    assert torch.allclose(language.loss_sum(b), torchs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8"])
+def test_every_optimizer_of_a_recipe_learns(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtune.optim.SMALL", 64)  # so that the states of this tiny adapter are the packed ones
+    result = train(runs_helper.recipe(tmp_path, train__steps=60, train__optimizer=optimizer))
+    assert result.after.accuracy == 1.0 and result.after.loss < result.before.loss
 
 
 def test_checkpointing_changes_no_bit(tmp_path: Path) -> None:

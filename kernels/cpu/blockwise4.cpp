@@ -17,6 +17,7 @@ struct Pack {
 struct Unpack {
     const uint8_t *codes; const void *absmax; const float *map, *nested, *offset, *values; int64_t n, block; void *out;
 };
+struct Rows { Unpack all; const int64_t *ids; int64_t width; };    // all.out: [rows, width]
 struct Dynamic8 { const float *x; int64_t n; const uint8_t *nearest; uint8_t *codes; float *absmax; };
 
 // ---- packing, any machine
@@ -103,6 +104,34 @@ template <int D> inline void look_up(const Unpack &t, const typename Stored<D>::
     }
 }
 
+// Row r of the result, seen as its values' places in the flat weight; steps through the parts of it that have one scale each. Places are even,
+// as nibbles come in pairs, but for that of the first value of a row of odd width.
+template <int D> struct Row {
+    Unpack t;
+    int64_t i, end, block, stop;    // from i to stop, in `block`; done at end
+    Row(const Rows &rows, int64_t r) : t(rows.all), i(rows.ids[r] * rows.width), end(i + rows.width) {
+        constexpr int64_t size = sizeof(typename Stored<D>::type);
+        t.out = reinterpret_cast<void *>(reinterpret_cast<intptr_t>(t.out) + (r * rows.width - i) * size);   // place i of it is the row's first
+        block = i / t.block;
+        if (i % 2 && i < end) {
+            static_cast<typename Stored<D>::type *>(t.out)[i] = rounded<D>(t.values[t.codes[i / 2] & 15] * block_scale(t, block));
+            ++i;    // if that is the end of its block, the first part is empty
+        }
+        bound();
+    }
+    void bound() { stop = (block + 1) * t.block < end ? (block + 1) * t.block : end; }
+    void next() { i = stop; ++block; bound(); }
+};
+
+template <int D> void rows_scalar(const void *task, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r)
+        for (Row<D> row(*static_cast<const Rows *>(task), r); row.i < row.end; row.next()) {
+            typename Stored<D>::type table[16];
+            block_table<D>(row.t, block_scale(row.t, row.block), table);
+            look_up<D>(row.t, table, row.i, row.stop);
+        }
+}
+
 template <int D> void unpack_scalar(const void *task, int64_t first, int64_t last) {
     const Unpack &t = *static_cast<const Unpack *>(task);
     for (int64_t b = first; b < last; ++b) {
@@ -174,6 +203,15 @@ template <int D> Work unpack_work(int isa) {
     return unpack_scalar<D>;
 }
 
+template <int D> Work rows_work(int isa) {
+#if QTUNE_X86
+    if (isa == ISA_AVX512) return rows_avx512<D>;
+    if (isa == ISA_AVX2) return rows_avx2<D>;
+#endif
+    (void)isa;
+    return rows_scalar<D>;
+}
+
 }  // namespace
 
 // w[n] -> codes[ceil(n/2)], absmax[ceil(n/block)]. bounds: 15 midpoints of the sorted codebook; order: the nibble of each of its ranks.
@@ -203,5 +241,19 @@ EXPORT int qtune_blockwise4_unpack(const uint8_t *codes, const void *absmax, con
     const Unpack task = {codes, absmax, map, nested, offset, values, n, block, out};
     const Work work = dtype == F32 ? unpack_work<F32>(isa) : dtype == BF16 ? unpack_work<BF16>(isa) : unpack_work<F16>(isa);
     run(work, &task, n / block + (n % block != 0), n, threads);
+    return OK;
+}
+
+// As above, of the weight [table, width] only the rows ids[rows] -> out[rows, width].
+EXPORT int qtune_blockwise4_rows(const uint8_t *codes, const void *absmax, const float *map, const float *nested, const float *offset,
+                                 const float *values, const int64_t *ids, int64_t rows, int64_t table, int64_t width, int64_t block, void *out,
+                                 int dtype, int threads, int isa) {
+    if (rows < 0 || width < 0 || block < 2 || block % 2 || dtype < F32 || dtype > F16) return BAD_ARGUMENT;
+    for (int64_t r = 0; r < rows; ++r)
+        if (ids[r] < 0 || ids[r] >= table) return BAD_ARGUMENT;
+    if ((isa = qtune_isa(isa)) < 0) return NO_SUCH_ISA;
+    const Rows task = {{codes, absmax, map, nested, offset, values, table * width, block, out}, ids, width};
+    const Work work = dtype == F32 ? rows_work<F32>(isa) : dtype == BF16 ? rows_work<BF16>(isa) : rows_work<F16>(isa);
+    run(work, &task, rows, rows * width, threads);
     return OK;
 }

@@ -6,6 +6,7 @@ Functions take the ops' own arguments; `simd` (scalar, avx2, avx512, neon) force
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ LIBRARY = Library(
         "qtune_blockwise4_pack": (_P, _F, _S, _S, _P, _P, _P, _P, _F, _F),
         "qtune_dynamic8_pack": (_P, _S, _P, _P, _P, _F),
         "qtune_blockwise4_unpack": (_P, _P, _P, _P, _P, _P, _S, _S, _P, _F, _F, _F),
+        "qtune_blockwise4_rows": (_P, _P, _P, _P, _P, _P, _P, _S, _S, _S, _S, _P, _F, _F, _F),
     },
     _self_test,
 )
@@ -95,6 +97,64 @@ def dynamic8_pack(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, absmax
 
 
+@functools.cache
+def _table_pointers(kind: str) -> tuple[int, int]:
+    """Addresses of the 16 values and of the 8-bit map, both of which qtune.tables keeps."""
+    return values(kind).data_ptr(), dynamic8(CPU).data_ptr()
+
+
+def _plain(t: Tensor, numel: int, dtype: torch.dtype) -> bool:
+    """What `fits` says of a CPU tensor, at a third of its cost, and that the tensor is contiguous."""
+    return t.dtype is dtype and t.numel() == numel and t.is_cpu and t.is_contiguous()
+
+
+def _sources(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    kind: str,
+    block: int,
+    n: int,
+    out: Tensor,
+) -> tuple[tuple[int | None, ...], tuple[Tensor, ...]]:
+    """The pointers that the kernels take for a weight of n values: codes, absmax, map, nested, offset, values; and the
+    tensors behind them, to be kept for the call. Checks them and `out`. A training step asks this hundreds of times, so
+    what is wrong is looked for, and views are copied, only where something is not as it mostly is."""
+    blocks = -(n // -block) if block > 0 else 0
+    table, map8 = _table_pointers(kind)
+    goal_fits = block >= 2 and block % 2 == 0 and out.dtype in DTYPES and out.is_cpu and out.is_contiguous()
+    if goal_fits and _plain(codes, (n + 1) // 2, torch.uint8):
+        if nested_absmax is None:
+            if nested_offset is None and _plain(absmax, blocks, torch.float32):
+                return (codes.data_ptr(), absmax.data_ptr(), None, None, None, table), ()
+        elif (
+            nested_offset is not None
+            and _plain(absmax, blocks, torch.uint8)
+            and _plain(nested_absmax, -(blocks // -NESTED_BLOCK), torch.float32)
+            and _plain(nested_offset, 1, torch.float32)
+        ):
+            pointers = codes.data_ptr(), absmax.data_ptr(), map8, nested_absmax.data_ptr(), nested_offset.data_ptr()
+            return (*pointers, table), ()
+    nested = nested_absmax is not None
+    require([
+        _block_check(block),
+        (fits(out, out.numel(), *DTYPES), f"out of {out.dtype} on {out.device}; legal: {list(DTYPES)} on cpu"),
+        (out.is_contiguous(), "out is not contiguous"),
+        part("codes", codes, (n + 1) // 2, torch.uint8),
+        part("scales", absmax, blocks, torch.uint8 if nested else torch.float32),
+        part("nested scales", nested_absmax, -(blocks // -NESTED_BLOCK), torch.float32),
+        part("nested offset", nested_offset, 1, torch.float32),
+        (nested == (nested_offset is not None), "nested scales and their offset come together"),
+    ])  # fmt: skip
+    kept = [codes.contiguous(), absmax.contiguous()]
+    if nested_absmax is None or nested_offset is None:
+        return (*map(pointer, kept), None, None, None, table), tuple(kept)
+    kept += [nested_absmax.contiguous(), nested_offset]
+    first, second, third, fourth = map(pointer, kept)
+    return (first, second, map8, third, fourth, table), tuple(kept)
+
+
 def blockwise4_unpack_into(
     codes: Tensor,
     absmax: Tensor,
@@ -106,27 +166,10 @@ def blockwise4_unpack_into(
     simd: str = "auto",
 ) -> None:
     """Dequantize into `out` (contiguous, n values): fp32 product of value and scale, rounded once, to nearest even."""
-    n, nested, table = out.numel(), nested_absmax is not None, values(kind)
-    blocks = -(n // -block) if block > 0 else 0
-    groups = -(blocks // -NESTED_BLOCK)
-    scale_type = torch.uint8 if nested else torch.float32
-    require([
-        _block_check(block),
-        (fits(out, n, *DTYPES), f"out of {out.dtype} on {out.device}; legal: {list(DTYPES)} on cpu"),
-        (out.is_contiguous(), "out is not contiguous"),
-        part("codes", codes, (n + 1) // 2, torch.uint8),
-        part("scales", absmax, blocks, scale_type),
-        part("nested scales", nested_absmax, groups, torch.float32),
-        part("nested offset", nested_offset, 1, torch.float32),
-        (nested == (nested_offset is not None), "nested scales and their offset come together"),
-    ])  # fmt: skip
-    # these names keep the memory alive for the call
-    codes, absmax = codes.contiguous(), absmax.contiguous()
-    nested_absmax = nested_absmax.contiguous() if nested_absmax is not None else None
-    map8 = dynamic8(CPU) if nested else None
-    sources = (codes, absmax, map8, nested_absmax, nested_offset, table)
+    n = out.numel()
+    sources, _kept = _sources(codes, absmax, nested_absmax, nested_offset, kind, block, n, out)
     goal = n, block, out.data_ptr(), DTYPES[out.dtype]
-    LIBRARY.call("qtune_blockwise4_unpack", *map(pointer, sources), *goal, torch.get_num_threads(), simd_number(simd))
+    LIBRARY.call("qtune_blockwise4_unpack", *sources, *goal, torch.get_num_threads(), simd_number(simd))
 
 
 def blockwise4_unpack(
@@ -146,9 +189,36 @@ def blockwise4_unpack(
     return out
 
 
+def blockwise4_rows(
+    ids: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    kind: str,
+    block: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    simd: str = "auto",
+) -> Tensor:
+    """Gather rows: ids int64 or int32 [...] -> [..., shape[1]]. Raises IndexError for an id outside of the table."""
+    require([(ids.dtype in (torch.int64, torch.int32) and ids.is_cpu, f"ids of {ids.dtype} on {ids.device}")])
+    rows, width = shape
+    flat, out = ids.to(torch.int64).contiguous(), torch.empty((*ids.shape, width), dtype=dtype)
+    sources, _kept = _sources(codes, absmax, nested_absmax, nested_offset, kind, block, rows * width, out)
+    if flat.numel():
+        low, high = (int(v) for v in flat.aminmax())
+        if low < 0 or high >= rows:
+            raise IndexError(f"row {low if low < 0 else high} of a table of {rows} rows")
+    goal = flat.numel(), rows, width, block, out.data_ptr(), DTYPES[dtype], torch.get_num_threads(), simd_number(simd)
+    LIBRARY.call("qtune_blockwise4_rows", *sources, flat.data_ptr(), *goal)
+    return out
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
     "blockwise4_pack": blockwise4_pack,
     "dynamic8_pack": dynamic8_pack,
     "blockwise4_unpack": blockwise4_unpack,
     "blockwise4_unpack_into": blockwise4_unpack_into,
+    "blockwise4_rows": blockwise4_rows,
 }

@@ -92,15 +92,21 @@ AVX2 inline void unpack_wide8(const Unpack &t, __m256 low, __m256 high, int64_t 
     look_up<F32>(t, table, i, end);
 }
 
+template <int D> AVX2 inline void unpack_span8(const Unpack &t, int64_t b, int64_t begin, int64_t end) {    // of block b; begin is even
+    const __m256 scale = _mm256_set1_ps(block_scale(t, b));
+    const __m256 low = _mm256_mul_ps(_mm256_loadu_ps(t.values), scale), high = _mm256_mul_ps(_mm256_loadu_ps(t.values + 8), scale);
+    if (D == F32) unpack_wide8(t, low, high, begin, end);
+    else unpack_narrow8<D>(t, low, high, begin, end);
+}
+
 template <int D> AVX2 void unpack_avx2(const void *task, int64_t first, int64_t last) {
     const Unpack &t = *static_cast<const Unpack *>(task);
-    for (int64_t b = first; b < last; ++b) {
-        const int64_t begin = b * t.block, end = begin + t.block < t.n ? begin + t.block : t.n;
-        const __m256 scale = _mm256_set1_ps(block_scale(t, b));
-        const __m256 low = _mm256_mul_ps(_mm256_loadu_ps(t.values), scale), high = _mm256_mul_ps(_mm256_loadu_ps(t.values + 8), scale);
-        if (D == F32) unpack_wide8(t, low, high, begin, end);
-        else unpack_narrow8<D>(t, low, high, begin, end);
-    }
+    for (int64_t b = first; b < last; ++b) unpack_span8<D>(t, b, b * t.block, (b + 1) * t.block < t.n ? (b + 1) * t.block : t.n);
+}
+
+template <int D> AVX2 void rows_avx2(const void *task, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r)
+        for (Row<D> row(*static_cast<const Rows *>(task), r); row.i < row.end; row.next()) unpack_span8<D>(row.t, row.block, row.i, row.stop);
 }
 
 // ---- AVX-512: sixteen values a vector, so a table of sixteen fits in one register
@@ -141,33 +147,37 @@ template <int D> AVX512 void pack_avx512(const void *task, int64_t first, int64_
     }
 }
 
+template <int D> AVX512 inline void unpack_span16(const Unpack &t, int64_t b, int64_t i, int64_t end) {    // of block b; i is even
+    const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(t.values), _mm512_set1_ps(block_scale(t, b)));
+    typename Stored<D>::type table[16];
+    if (D == F32) {
+        _mm512_storeu_ps(table, products);
+        for (; i + 16 <= end; i += 16) {
+            const __m512i raw = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(t.codes + i / 2)));
+            const __m512i nibbles = _mm512_or_si512(_mm512_srli_epi64(raw, 4), _mm512_slli_epi64(raw, 32));   // only 4 bits count
+            _mm512_storeu_ps(static_cast<float *>(t.out) + i, _mm512_permutexvar_ps(nibbles, products));
+        }
+    } else {
+        const __m256i words = D == F16 ? _mm512_cvtps_ph(products, 0) : bf16_bits16(products);
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(table), words);
+        const __m512i twice = _mm512_broadcast_i64x4(words);   // bit 4 of an index does not matter then
+        for (; i + 32 <= end; i += 32) {
+            const __m512i raw = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(t.codes + i / 2)));
+            const __m512i nibbles = _mm512_or_si512(_mm512_srli_epi32(raw, 4), _mm512_slli_epi32(raw, 16));
+            _mm512_storeu_si512(static_cast<uint16_t *>(t.out) + i, _mm512_permutexvar_epi16(nibbles, twice));
+        }
+    }
+    look_up<D>(t, table, i, end);
+}
+
 template <int D> AVX512 void unpack_avx512(const void *task, int64_t first, int64_t last) {
     const Unpack &t = *static_cast<const Unpack *>(task);
-    const __m512 values = _mm512_loadu_ps(t.values);
-    for (int64_t b = first; b < last; ++b) {
-        int64_t i = b * t.block;
-        const int64_t end = i + t.block < t.n ? i + t.block : t.n;
-        const __m512 products = _mm512_mul_ps(values, _mm512_set1_ps(block_scale(t, b)));
-        typename Stored<D>::type table[16];
-        if (D == F32) {
-            _mm512_storeu_ps(table, products);
-            for (; i + 16 <= end; i += 16) {
-                const __m512i raw = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(t.codes + i / 2)));
-                const __m512i nibbles = _mm512_or_si512(_mm512_srli_epi64(raw, 4), _mm512_slli_epi64(raw, 32));   // only 4 bits count
-                _mm512_storeu_ps(static_cast<float *>(t.out) + i, _mm512_permutexvar_ps(nibbles, products));
-            }
-        } else {
-            const __m256i words = D == F16 ? _mm512_cvtps_ph(products, 0) : bf16_bits16(products);
-            _mm256_storeu_si256(reinterpret_cast<__m256i *>(table), words);
-            const __m512i twice = _mm512_broadcast_i64x4(words);   // bit 4 of an index does not matter then
-            for (; i + 32 <= end; i += 32) {
-                const __m512i raw = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(t.codes + i / 2)));
-                const __m512i nibbles = _mm512_or_si512(_mm512_srli_epi32(raw, 4), _mm512_slli_epi32(raw, 16));
-                _mm512_storeu_si512(static_cast<uint16_t *>(t.out) + i, _mm512_permutexvar_epi16(nibbles, twice));
-            }
-        }
-        look_up<D>(t, table, i, end);
-    }
+    for (int64_t b = first; b < last; ++b) unpack_span16<D>(t, b, b * t.block, (b + 1) * t.block < t.n ? (b + 1) * t.block : t.n);
+}
+
+template <int D> AVX512 void rows_avx512(const void *task, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r)
+        for (Row<D> row(*static_cast<const Rows *>(task), r); row.i < row.end; row.next()) unpack_span16<D>(row.t, row.block, row.i, row.stop);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ from qtune.errors import QtuneError, one_of
 
 from .build import Built, build
 
-SIMD = {"auto": -1, "scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
+SIMD = {"auto": -1, "scalar": 0, "avx2": 1, "avx512": 2, "neon": 3, "avx512_bf16": 4, "amx": 5}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FOLDER = Path(__file__).parent
 FAULTS = {1: "wrong arguments", 2: "this machine lacks the SIMD path", 3: "out of memory"}

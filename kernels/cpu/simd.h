@@ -19,7 +19,7 @@
 namespace {
 
 enum Dtype { F32 = 0, BF16 = 1, F16 = 2 };
-enum Isa { AUTO = -1, SCALAR = 0, ISA_AVX2 = 1, ISA_AVX512 = 2, ISA_NEON = 3 };
+enum Isa { AUTO = -1, SCALAR = 0, ISA_AVX2 = 1, ISA_AVX512 = 2, ISA_NEON = 3, ISA_AVX512_BF16 = 4, ISA_AMX = 5 };
 enum Status { OK = 0, BAD_ARGUMENT = 1, NO_SUCH_ISA = 2, NO_MEMORY = 3 };
 constexpr int64_t GRAIN = 1 << 15;      // values below which one more thread costs more than it brings
 using Work = void (*)(const void *task, int64_t first, int64_t last);   // items first..last-1
@@ -88,12 +88,14 @@ inline void run(Work work, const void *task, int64_t items, int64_t values, int 
 
 }  // namespace
 
+#ifndef QTUNE_OWN_ISA    // a source with paths of its own (bf16 products) answers for itself
 // The path that `wanted` (-1: the best) stands for on this machine, or -1: 0 scalar, 1 AVX2, 2 AVX-512, 3 NEON.
 EXPORT int qtune_isa(int wanted) {
     const int best = best_isa();
     if (wanted == AUTO || wanted == best) return best;
     return wanted == SCALAR || (wanted == ISA_AVX2 && best == ISA_AVX512) ? wanted : -1;
 }
+#endif
 
 EXPORT int qtune_openmp() {
 #ifdef _OPENMP

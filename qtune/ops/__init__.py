@@ -1,6 +1,25 @@
 """Custom ops `torch.ops.qtune.*`: each a schema, a torch reference (the truth) and a shape function."""
 
+from . import loss as loss
+from . import optim as optim
+from .attention import flash_attention
+from .hadamard import factor, fwht, hadamard_matrix
+from .layers import fused_rms_norm, fused_rotary, fused_swiglu
 from .packed import INT8_STEP, arena, block_scales
 from .registry import REFERENCES
+from .sparse import sparse_linear
 
-__all__ = ["INT8_STEP", "REFERENCES", "arena", "block_scales"]
+__all__ = [
+    "INT8_STEP",
+    "REFERENCES",
+    "arena",
+    "block_scales",
+    "factor",
+    "flash_attention",
+    "fused_rms_norm",
+    "fused_rotary",
+    "fused_swiglu",
+    "fwht",
+    "hadamard_matrix",
+    "sparse_linear",
+]

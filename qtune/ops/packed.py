@@ -5,7 +5,7 @@
     w ~ code * absmax[row] / 127             int8: one scale a row, applied after the product
 
 Sources: QLoRA (arXiv 2305.14314), LLM.int8 (2208.07339), dynamic map (1511.04561). Codes and scales are bit-equal to
-bitsandbytes 0.50 on CPU. Left out: products in packed form.
+bitsandbytes 0.50 on CPU. Left out: products of quantized activations.
 """
 
 from __future__ import annotations
@@ -115,9 +115,10 @@ def blockwise4_unpack_into(
             torch.mul(values[full:], scale[-1], out=flat[start + full : start + size])
 
 
-def _unpack_into(out: Tensor) -> Callable[..., None]:
-    kernel = None if is_fp64(out) else backend.kernel("blockwise4_unpack_into", out.device.type)
-    return kernel or blockwise4_unpack_into
+def _serving(reference: Callable[..., None], out: Tensor) -> Callable[..., None]:
+    """What fills `out` on its device: the kernel of that name, else the reference."""
+    kernel = None if is_fp64(out) else backend.kernel(reference.__name__, out.device.type)
+    return kernel or reference
 
 
 def blockwise4_unpack(
@@ -212,6 +213,12 @@ def _product(x: Tensor, w: Tensor, transpose: bool) -> Tensor:
     return x @ w if transpose else torch.nn.functional.linear(x, w)
 
 
+def _without_unpacking(name: str, x: Tensor, *rest: object) -> Tensor | None:
+    """The product by a kernel that dequantizes inside of it, where there is one and it takes this (few tokens)."""
+    kernel = None if is_fp64(x) else backend.kernel(f"{name}_small", x.device.type)
+    return kernel(x, *rest) if kernel else None
+
+
 def _product_like(x: Tensor, shape: Sequence[int], transpose: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], shape[1] if transpose else shape[0]))
 
@@ -228,9 +235,12 @@ def blockwise4_matmul(
     transpose: bool,
 ) -> Tensor:
     """x [..., in] -> x W^T [..., out]; with `transpose` x [..., out] -> x W [..., in]. W is unpacked to x's dtype in
-    the arena."""
+    the arena, or a tile at a time where a kernel does that."""
+    parts = codes, absmax, nested_absmax, nested_offset, kind, block
+    if (y := _without_unpacking("blockwise4_matmul", x, *parts, shape, transpose)) is not None:
+        return y
     w = arena(prod(shape), x.dtype, x.device).view(*shape)
-    _unpack_into(w)(codes, absmax, nested_absmax, nested_offset, kind, block, w)
+    _serving(blockwise4_unpack_into, w)(*parts, w)
     return _product(x, w, transpose)
 
 
@@ -264,14 +274,23 @@ def _(w: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(w, dtype=torch.int8), w.new_empty(w.shape[0], dtype=torch.float32)
 
 
-def int8_unpack(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes int8 [out, in], absmax fp32 [out] -> [out, in]: fp32 product, rounded once."""
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+def int8_unpack_into(codes: Tensor, absmax: Tensor | None, out: Tensor) -> None:
+    """codes int8 [out, in], absmax fp32 [out] -> `out` [out, in]: fp32 product, rounded once. Without absmax the codes
+    themselves, exact in every dtype."""
+    if absmax is None:
+        out.copy_(codes)
+        return
     scale = (absmax * INT8_STEP).unsqueeze(1)
     rows = max(1, CHUNK // max(1, codes.shape[1]))  # on the CPU torch.mul copies what it casts
     for start in range(0, codes.shape[0], rows):
         part = slice(start, start + rows)
         torch.mul(codes[part], scale[part], out=out[part])
+
+
+def int8_unpack(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes int8 [out, in], absmax fp32 [out] -> a fresh weight [out, in] of `dtype`."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    int8_unpack_into(codes, absmax, out)
     return out
 
 
@@ -293,6 +312,11 @@ def _(ids: Tensor, codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty((*ids.shape, codes.shape[1]), dtype=dtype)
 
 
+def int8_scale_into(x: Tensor, absmax: Tensor, out: Tensor) -> None:
+    """x [..., n], absmax fp32 [n] -> `out` (contiguous, like x; may be x): x * absmax / 127 in fp32, rounded once."""
+    torch.mul(x, absmax * INT8_STEP, out=out)
+
+
 def int8_matmul(x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool) -> Tensor:
     """x [..., in] -> (x C^T) * scale; with `transpose` (x * scale) C. The scale is applied in fp32 outside of the
     product.
@@ -300,15 +324,21 @@ def int8_matmul(x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool) -> Te
     fp16 has no range for that (codes up to 127 overflow the product with a large activation, a 127th of a gradient
     vanishes): there W is scaled.
     """
+    if (y := _without_unpacking("int8_matmul", x, codes, absmax, transpose)) is not None:
+        return y
     w = arena(codes.numel(), x.dtype, x.device).view(codes.shape)
-    w.copy_(codes)
-    scale = absmax * INT8_STEP
-    if x.dtype == torch.float16:
-        return _product(x, w.mul_(scale.unsqueeze(1)), transpose)
+    scaled = x.dtype == torch.float16
+    _serving(int8_unpack_into, w)(codes, absmax if scaled else None, w)
+    if scaled:
+        return _product(x, w, transpose)
+    scale = _serving(int8_scale_into, x)
     if transpose:
-        return (x * scale).to(x.dtype) @ w
+        scaled_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        scale(x, absmax, scaled_x)
+        return scaled_x @ w
     y = torch.nn.functional.linear(x, w)
-    return torch.mul(y, scale, out=y)
+    scale(y, absmax, y)
+    return y
 
 
 @op(int8_matmul)
