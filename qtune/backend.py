@@ -92,6 +92,11 @@ def cpu_features() -> dict[str, Any]:
     return features
 
 
+def simd(module: str) -> str:
+    """The SIMD path that kernels/cpu/<module> takes on this machine, or `none`; builds it if need be."""
+    return str(import_module(f"qtune.kernels.cpu.{module}").LIBRARY.features()["simd"])
+
+
 def reset() -> None:
     """Forget what was decided, builds included: for tests, which change the environment."""
     with _lock:

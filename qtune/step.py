@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .adapters import METHODS, adapted_sites
 from .errors import QtuneError
 from .loss import Transform, cross_entropy_sum, logit_transform, trained_tokens
+from .memory import keep_freed_memory
 from .model.fused import fuse, use_own_attention
 from .optim import AdamW
 
@@ -123,12 +124,17 @@ class LanguageModel:
 
 
 class TrainStep:
-    """Runs optimizer steps over micro-batches. Holds no data and no schedule."""
+    """Runs optimizer steps over micro-batches. Holds no data and no schedule.
+
+    On a CPU the process keeps from then on what it frees (`keep_freed_memory`).
+    """
 
     def __init__(self, model: LanguageModel, optimizer: AdamW, *, clip: float | None) -> None:
         self.model, self.optimizer, self.clip = model, optimizer, clip
         self.sites = {name: site.adapter for name, site in adapted_sites(model.model).items()}
         self.method = METHODS[next(iter(self.sites.values())).method]
+        if next(model.model.parameters()).device.type == "cpu":
+            keep_freed_memory()
 
     def __call__(self, batches: Sequence[BatchLike], step: int, steps: int, factor: float) -> StepResult:
         """One optimizer step, 1-based `step` of `steps`, at `factor` times the learning rate. Raises NonFinite before

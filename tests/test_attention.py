@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cpu_kernels import cpu_kernels
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,11 +23,7 @@ NAMES = ("out", "dq", "dk", "dv")
 
 
 def kernels():  # type: ignore[no-untyped-def]
-    import qtune.kernels.cpu.attention as module
-
-    if why := module.LIBRARY.why_not():
-        pytest.skip(why)
-    return module
+    return cpu_kernels("attention")
 
 
 @pytest.fixture(params=PATHS)

@@ -148,6 +148,9 @@ def test_own_attention_only_on_a_cpu_in_place_of_torchs(monkeypatch: pytest.Monk
     monkeypatch.setattr(backend, "kernel", lambda name, device: None)
     assert not use_own_attention(model)
     monkeypatch.setattr(backend, "kernel", lambda name, device: len)
+    monkeypatch.setattr(backend, "simd", lambda module: "avx2")
+    assert not use_own_attention(model), "torch's is as fast there"
+    monkeypatch.setattr(backend, "simd", lambda module: "amx")
     eager = tiny.model("llama", attn_implementation="eager")
     eager.set_attn_implementation("eager")
     assert not use_own_attention(eager)

@@ -200,6 +200,7 @@ def test_every_attention_is_the_same_attention(
     torchs = language.loss_sum(b)
     if own:
         cpu_kernels("attention")
+        monkeypatch.setattr("qtune.backend.simd", lambda module: "avx512")
         assert language.choose_attention(1000) == "qtune's kernel"
         assert model.config._attn_implementation == "qtune"
     else:

@@ -13,18 +13,7 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#if QTUNE_X86
-#include <cpuid.h>
-#include "simd_x86.h"
-#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
-#define HAS_BF16 1
-#if defined(__linux__)
-#define HAS_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#endif
-#endif
+#include "amx.h"
 
 namespace {
 
@@ -75,7 +64,7 @@ namespace avx512_path {
 #define COEFFICIENTS SHORT
 #define TERMS 6
 namespace bf16_path {
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")))
+#define TARGET AVX512_BF16
 #include "attention_tile.h"
 #include "attention_path.h"
 #undef TARGET
@@ -86,7 +75,7 @@ namespace bf16_path {
 #undef TILES
 #define TILES 1
 namespace amx_path {
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c")))
+#define TARGET AMX
 #include "attention_tile.h"
 #include "attention_path.h"
 #undef TARGET
@@ -96,26 +85,6 @@ namespace amx_path {
 namespace {
 
 // ---- choice of path
-
-bool has_bf16() {
-#if HAS_BF16
-    unsigned a, b, c, d;
-    return best_isa() == ISA_AVX512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-#else
-    return false;
-#endif
-}
-
-bool has_amx() {    // asks Linux for the tiles' state, which it grants a process once and for all
-#if HAS_AMX
-    unsigned a, b, c, d;
-    if (!has_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
-    constexpr long REQUEST = 0x1023, TILE_DATA = 18;    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-#else
-    return false;
-#endif
-}
 
 // Intel multiplies pairs of bf16 no faster than AVX-512 does fp32 (measured on Sapphire Rapids: half as fast), so there only AMX is better.
 int find_best() {

@@ -38,7 +38,7 @@ _kept = threading.local()
 _P, _F = POINTER, FLAG
 LIBRARY = Library(
     "attention.cpp",
-    ("attention_task.h", "attention_tile.h", "attention_path.h", "simd.h", "simd_x86.h"),
+    ("attention_task.h", "attention_tile.h", "attention_path.h", "amx.h", "simd.h", "simd_x86.h"),
     {
         "qtune_attention_scratch": (_P, _F, _F, _F, _F, _F, _P),
         "qtune_attention": (_P, _P, _P, _P, _P, _F, _F, REAL, _P, _P, _P, _F, _F),

@@ -177,25 +177,10 @@ TARGET static void transpose(const void *from, int64_t step, int64_t rows, int64
     for (int64_t r = 0; r < rows; r += 16)
         for (int64_t c = 0; c < columns; c += 16) {
 #if WIDTH == 16
-            __m512i a[16], b[16];
+            __m512i a[16];
             for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(x + (r + i) * step + c);
-            for (int i = 0; i < 16; i += 2) {
-                b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-                b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-            }
-            for (int i = 0; i < 16; i += 4)
-                for (int j = 0; j < 2; ++j) {
-                    a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + 2 + j]);
-                    a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + 2 + j]);
-                }
-            for (int j = 0; j < 4; ++j) {    // a[4 i + j] holds columns j, 4 + j, 8 + j, 12 + j of rows 4 i .. 4 i + 3
-                const __m512i even0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-                const __m512i even1 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88), odd1 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-                _mm512_storeu_si512(y + (c + j) * rows + r, _mm512_shuffle_i32x4(even0, even1, 0x88));
-                _mm512_storeu_si512(y + (c + 4 + j) * rows + r, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
-                _mm512_storeu_si512(y + (c + 8 + j) * rows + r, _mm512_shuffle_i32x4(even0, even1, 0xdd));
-                _mm512_storeu_si512(y + (c + 12 + j) * rows + r, _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
-            }
+            transpose16(a);
+            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(y + (c + i) * rows + r, a[i]);
 #else
             for (int64_t i = 0; i < 16; ++i)
                 for (int64_t j = 0; j < 16; ++j) y[(c + i) * rows + r + j] = x[(r + j) * step + c + i];
@@ -241,8 +226,6 @@ TARGET static void turn(const Element *x, int64_t step, int64_t wide, void *to) 
 // ---- the product, summed over `count` pairs of operands that lie a_next and b_next elements apart
 
 #if TILES
-struct alignas(64) Tiling { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; };
-const Tiling TILING = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 INLINE void begin() { _tile_loadconfig(&TILING); }    // others in this process set the thread's tiles too, so every item sets its own
 INLINE void end() { _tile_release(); }
 

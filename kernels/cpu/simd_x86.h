@@ -50,4 +50,26 @@ template <int D> AVX512 inline void store16(void *p, int64_t i, __m512 v) {
     _mm256_storeu_si256(out, D == F16 ? _mm512_cvtps_ph(v, 0) : bf16_bits16(v));
 }
 
+AVX512 inline __attribute__((always_inline)) void transpose16(__m512i *a) {    // 16 x 16 numbers of 32 bits
+    __m512i b[16];
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + 2 + j]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + 2 + j]);
+        }
+    for (int j = 0; j < 4; ++j) {    // a[4 i + j] holds columns j, 4 + j, 8 + j, 12 + j of rows 4 i .. 4 i + 3
+        const __m512i even0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+        const __m512i even1 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88), odd1 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+        b[j] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+        b[4 + j] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+        b[8 + j] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+        b[12 + j] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) a[i] = b[i];
+}
+
 }  // namespace

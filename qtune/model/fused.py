@@ -23,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from .. import backend
 from ..ops import REFERENCES, flash_attention, fused_rms_norm, fused_rotary, fused_swiglu
 
+FAST = ("avx512", "avx512_bf16", "amx")  # paths of our attention kernel that beat torch's
+LARGEST = 256  # head size that it takes
 ATTENTION = "qtune"  # our attention's name in transformers' registry
 ROTARY = "apply_rotary_pos_emb"  # what the modelling files of transformers call theirs
 
@@ -155,12 +157,15 @@ def _random(*shape: int) -> Tensor:
 
 
 def use_own_attention(model: PreTrainedModel) -> bool:
-    """On a CPU, where our attention kernel runs, take it in place of torch's fused one. Returns whether it was done.
+    """On a CPU with AVX-512, take our attention kernel in place of torch's fused one. Returns whether it was done.
 
-    A model that was not going to use torch's (for it does something more: soft-capping, sinks) keeps what it has.
+    Without AVX-512 torch's is as fast beyond short sequences. A model that was not going to use torch's (for it does
+    something more: soft-capping, sinks) keeps what it has.
     """
     device = next(model.parameters()).device.type
     if device != "cpu" or model.config._attn_implementation != "sdpa" or not backend.kernel("attention", device):
+        return False
+    if backend.simd("attention") not in FAST:
         return False
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])
@@ -183,7 +188,7 @@ def _attention(
 
     What transformers' own function for torch's attention computes; a call that asks for more than ours does goes there.
     """
-    more = dropout or any(rest.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
+    more = dropout or query.shape[-1] > LARGEST or any(rest.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
     if more or (attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1)):
         return AttentionInterface()["sdpa"](  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest
