@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qtune import backend, ops, speed
+from qtune.memory import keep_freed_memory
 from qtune.speed import Arguments, Case
 
 RESULTS = FOLDER / "kernels.jsonl"
@@ -319,6 +320,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as a training step does
     here, rows = speed.machine(device), []
     for case in speed.cases():
         if options.only is None or options.only in case.op:

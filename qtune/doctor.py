@@ -1,4 +1,4 @@
-"""`qtune doctor`: what this system can do, which kernel serves which op, and how near each is to the machine's limit."""
+"""`qtune doctor`: what this system can do, which kernel serves which op, and how near each is to the limit."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, backend
+from .memory import keep_freed_memory
 from .ops import REFERENCES
 from .screen import size
 from .speed import cases, machine, seconds
 
-# an op that only joins another one with torch's product -> that other one
-INSIDE = {"blockwise4_matmul": "blockwise4_unpack_into", "int8_matmul": "int8_unpack_into"}
+# an op that is served through another one -> that other one, and what is added
+INSIDE = {
+    "blockwise4_matmul": ("blockwise4_unpack_into", " and torch's product"),
+    "int8_matmul": ("int8_unpack_into", " and torch's product"),
+    "hadamard": ("hadamard_kronecker", ""),
+}
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "bitsandbytes", "peft", "gguf", "triton")
 
 
@@ -54,18 +59,23 @@ def doctor(*, json_out: bool, markdown: bool, measure: bool = True) -> None:
 
 
 def served() -> list[dict[str, Any]]:
-    """Rows {op, device, provider, why, written} of every op: those of `backend.report`; an op that joins another one
-    with torch's product is served by what serves that one."""
-    rows = {(row["op"], row["device"]): row for row in backend.report([*REFERENCES, *INSIDE.values()])}
+    """Rows {op, device, provider, why, written} of every op: those of `backend.report`, but an op that goes through
+    another one is served by what serves that one."""
+    inner = [name for name, _ in INSIDE.values()]
+    rows = {(row["op"], row["device"]): row for row in backend.report([*REFERENCES, *inner])}
     for (name, device), row in rows.items():
-        inner = rows.get((INSIDE.get(name, ""), device))
-        if inner and row["provider"] == "reference" and inner["provider"] == "kernel":
-            row |= {"provider": "kernel", "why": f"{inner['why']} and torch's product", "written": inner["written"]}
-    return [row for (name, _), row in rows.items() if name not in INSIDE.values()]
+        if name in INSIDE and not row["written"]:
+            through, added = INSIDE[name]
+            found = rows[through, device]
+            why = found["why"] + added if found["provider"] == "kernel" else found["why"]
+            row |= {"provider": found["provider"], "why": why, "written": found["written"]}
+    return [row for (name, _), row in rows.items() if name not in inner]
 
 
 def speed(device: torch.device) -> dict[str, Any]:
     """{copy: GB/s, product: {dtype: GFLOP/s}, ops: {op: {shape, ms, rate, unit, of_limit}}} measured now."""
+    if device.type == "cpu":
+        keep_freed_memory()  # as a training step does
     here = machine(device)
     ops = {}
     for case in cases():
@@ -94,16 +104,17 @@ def _print_ops(console: Console, rows: list[dict[str, Any]], speeds: dict[str, A
         by = row["why"].removeprefix("kernels/").replace(".py", "") if kernel else row["provider"]
         cells = []
         if speeds and (found := speeds["ops"].get(row["op"])):
-            rate = f"{found['rate']:,.0f} {found['unit']}" if found["rate"] >= 10 else f"{found['rate']:.1f} {found['unit']}"
+            digits = 0 if found["rate"] >= 10 else 1
+            rate = f"{found['rate']:,.{digits}f} {found['unit']}"
             cells = [found["shape"], f"{found['ms']:.2f}", rate, f"{found['of_limit']:.0%}"]
         table.add_row(row["op"], by, *cells, style=None if kernel else "yellow")
     console.print(table)
     if speeds:
         products = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in speeds["product"].items())
         console.print(
-            f"limit: the longer of reading and writing what an op must at the speed of a copy ({speeds['copy']:.0f} GB/s "
-            f"here, now) and of its arithmetic at the speed of torch's product ({products}); above 100% an op "
-            "works in the cache",
+            "limit: the longer of reading and writing what an op must at the speed of a copy "
+            f"({speeds['copy']:.0f} GB/s here, now) and of its arithmetic at the speed of torch's product "
+            f"({products}); above 100% an op works in the cache",
             style="dim",
         )
     for why in dict.fromkeys(row["why"] for row in rows if row["provider"] != "kernel"):

@@ -26,6 +26,7 @@ from ..ops import REFERENCES, flash_attention, fused_rms_norm, fused_rotary, fus
 FAST = ("avx512", "avx512_bf16", "amx")  # paths of our attention kernel that beat torch's
 LARGEST = 256  # head size that it takes
 ATTENTION = "qtune"  # our attention's name in transformers' registry
+MORE = ("position_bias", "cache", "softcap", "s_aux")  # what a call may ask for beyond it
 ROTARY = "apply_rotary_pos_emb"  # what the modelling files of transformers call theirs
 
 
@@ -188,7 +189,7 @@ def _attention(
 
     What transformers' own function for torch's attention computes; a call that asks for more than ours does goes there.
     """
-    more = dropout or query.shape[-1] > LARGEST or any(rest.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
+    more = bool(dropout) or query.shape[-1] > LARGEST or any(rest.get(name) is not None for name in MORE)
     if more or (attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1)):
         return AttentionInterface()["sdpa"](  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest
