@@ -499,3 +499,17 @@ def test_the_folder_never_shadows_hugging_faces_kernels(tmp_path: Path) -> None:
     assert ask(code).strip() == "theirs"
     code = "import qtune.kernels.cpu.blockwise4 as b, sys; assert 'kernels' not in sys.modules; print(b.__file__)"
     assert Path(ask(code).strip()).parent == ROOT / "kernels" / "cpu"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_results_that_go_past_the_caches(dtype: torch.dtype, simd: str, poisoned: None) -> None:
+    """From 16 MiB on, and only where they are aligned."""
+    k, n = kernels(), (16 << 20) // dtype.itemsize + 3 * 64 + 17
+    codes = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8)
+    absmax = torch.rand(-(n // -64))
+    want = torch.empty(n, dtype=dtype)
+    ops.packed.blockwise4_unpack_into(codes, absmax, None, None, "nf4", 64, want)
+    for shift in (0, 1):  # a whole allocation is aligned to 64 bytes, one from its second value on is not
+        got = torch.empty(n + shift, dtype=dtype)[shift:]
+        k.blockwise4_unpack_into(codes, absmax, None, None, "nf4", 64, got, simd)
+        assert same(got, want)

@@ -10,12 +10,13 @@ namespace {
 
 constexpr float SMALLEST = 1e-38f;      // bitsandbytes' lower limit of a divisor
 constexpr int64_t NESTED_BLOCK = 256;   // scales that share one nested scale
+constexpr int64_t STREAMED = 16 << 20;  // bytes from which a result goes past the caches: it would not stay there, and is not read first
 
 struct Pack {
     const void *w; int64_t n, block; const float *bounds; const uint8_t *order; uint8_t *codes; float *absmax;
 };
 struct Unpack {
-    const uint8_t *codes; const void *absmax; const float *map, *nested, *offset, *values; int64_t n, block; void *out;
+    const uint8_t *codes; const void *absmax; const float *map, *nested, *offset, *values; int64_t n, block; void *out; bool stream;
 };
 struct Rows { Unpack all; const int64_t *ids; int64_t width; };    // all.out: [rows, width]
 struct Dynamic8 { const float *x; int64_t n; const uint8_t *nearest; uint8_t *codes; float *absmax; };
@@ -238,7 +239,9 @@ EXPORT int qtune_blockwise4_unpack(const uint8_t *codes, const void *absmax, con
                                    const float *values, int64_t n, int64_t block, void *out, int dtype, int threads, int isa) {
     if (n < 0 || block < 2 || block % 2 || dtype < F32 || dtype > F16) return BAD_ARGUMENT;
     if ((isa = qtune_isa(isa)) < 0) return NO_SUCH_ISA;
-    const Unpack task = {codes, absmax, map, nested, offset, values, n, block, out};
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && block % 32 == 0;
+    const bool stream = aligned && n * (dtype == F32 ? 4 : 2) >= STREAMED;
+    const Unpack task = {codes, absmax, map, nested, offset, values, n, block, out, stream};
     const Work work = dtype == F32 ? unpack_work<F32>(isa) : dtype == BF16 ? unpack_work<BF16>(isa) : unpack_work<F16>(isa);
     run(work, &task, n / block + (n % block != 0), n, threads);
     return OK;

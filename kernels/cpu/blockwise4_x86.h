@@ -70,8 +70,8 @@ template <int D> AVX2 inline void unpack_narrow8(const Unpack &t, __m256 low, __
         const __m256i bytes0 = _mm256_shuffle_epi8(plane0, nibbles), bytes1 = _mm256_shuffle_epi8(plane1, nibbles);
         const __m256i a = _mm256_unpacklo_epi8(bytes0, bytes1), b = _mm256_unpackhi_epi8(bytes0, bytes1);
         auto *out = reinterpret_cast<__m256i *>(static_cast<uint16_t *>(t.out) + i);
-        _mm256_storeu_si256(out, _mm256_permute2x128_si256(a, b, 0x20));
-        _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(a, b, 0x31));
+        put32(out, _mm256_permute2x128_si256(a, b, 0x20), t.stream);
+        put32(out + 1, _mm256_permute2x128_si256(a, b, 0x31), t.stream);
     }
     look_up<D>(t, reinterpret_cast<typename Stored<D>::type *>(table), i, end);
 }
@@ -87,7 +87,7 @@ AVX2 inline void unpack_wide8(const Unpack &t, __m256 low, __m256 high, int64_t 
         const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(four), shifts);
         const __m256 eighth = _mm256_castsi256_ps(_mm256_slli_epi32(nibbles, 28));
         const __m256 v = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, nibbles), _mm256_permutevar8x32_ps(high, nibbles), eighth);
-        _mm256_storeu_ps(static_cast<float *>(t.out) + i, v);
+        put32(static_cast<float *>(t.out) + i, _mm256_castps_si256(v), t.stream);
     }
     look_up<F32>(t, table, i, end);
 }
@@ -102,6 +102,7 @@ template <int D> AVX2 inline void unpack_span8(const Unpack &t, int64_t b, int64
 template <int D> AVX2 void unpack_avx2(const void *task, int64_t first, int64_t last) {
     const Unpack &t = *static_cast<const Unpack *>(task);
     for (int64_t b = first; b < last; ++b) unpack_span8<D>(t, b, b * t.block, (b + 1) * t.block < t.n ? (b + 1) * t.block : t.n);
+    if (t.stream) _mm_sfence();
 }
 
 template <int D> AVX2 void rows_avx2(const void *task, int64_t first, int64_t last) {
@@ -155,7 +156,7 @@ template <int D> AVX512 inline void unpack_span16(const Unpack &t, int64_t b, in
         for (; i + 16 <= end; i += 16) {
             const __m512i raw = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(t.codes + i / 2)));
             const __m512i nibbles = _mm512_or_si512(_mm512_srli_epi64(raw, 4), _mm512_slli_epi64(raw, 32));   // only 4 bits count
-            _mm512_storeu_ps(static_cast<float *>(t.out) + i, _mm512_permutexvar_ps(nibbles, products));
+            put64(static_cast<float *>(t.out) + i, _mm512_castps_si512(_mm512_permutexvar_ps(nibbles, products)), t.stream);
         }
     } else {
         const __m256i words = D == F16 ? _mm512_cvtps_ph(products, 0) : bf16_bits16(products);
@@ -164,7 +165,7 @@ template <int D> AVX512 inline void unpack_span16(const Unpack &t, int64_t b, in
         for (; i + 32 <= end; i += 32) {
             const __m512i raw = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(t.codes + i / 2)));
             const __m512i nibbles = _mm512_or_si512(_mm512_srli_epi32(raw, 4), _mm512_slli_epi32(raw, 16));
-            _mm512_storeu_si512(static_cast<uint16_t *>(t.out) + i, _mm512_permutexvar_epi16(nibbles, twice));
+            put64(static_cast<uint16_t *>(t.out) + i, _mm512_permutexvar_epi16(nibbles, twice), t.stream);
         }
     }
     look_up<D>(t, table, i, end);
@@ -173,6 +174,7 @@ template <int D> AVX512 inline void unpack_span16(const Unpack &t, int64_t b, in
 template <int D> AVX512 void unpack_avx512(const void *task, int64_t first, int64_t last) {
     const Unpack &t = *static_cast<const Unpack *>(task);
     for (int64_t b = first; b < last; ++b) unpack_span16<D>(t, b, b * t.block, (b + 1) * t.block < t.n ? (b + 1) * t.block : t.n);
+    if (t.stream) _mm_sfence();
 }
 
 template <int D> AVX512 void rows_avx512(const void *task, int64_t first, int64_t last) {

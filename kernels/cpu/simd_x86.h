@@ -72,4 +72,15 @@ AVX512 inline __attribute__((always_inline)) void transpose16(__m512i *a) {    /
     for (int i = 0; i < 16; ++i) a[i] = b[i];
 }
 
+// Stores of 32 and of 64 bytes, aligned where they stream past the caches (after those a thread ends with _mm_sfence).
+AVX2 inline void put32(void *p, __m256i v, bool stream) {
+    if (stream) _mm256_stream_si256(static_cast<__m256i *>(p), v);
+    else _mm256_storeu_si256(static_cast<__m256i *>(p), v);
+}
+
+AVX512 inline void put64(void *p, __m512i v, bool stream) {
+    if (stream) _mm512_stream_si512(static_cast<__m512i *>(p), v);
+    else _mm512_storeu_si512(p, v);
+}
+
 }  // namespace
