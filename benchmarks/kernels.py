@@ -281,6 +281,31 @@ def measure(case: Case, device: torch.device, here: speed.Machine, rounds: int) 
     return rows
 
 
+def fresh_memory(here: speed.Machine, rounds: int) -> list[dict[str, Any]]:
+    """Unpacking before a product, as each stack does it while the C library still gives large blocks back to the
+    system: bitsandbytes into new memory, every page of which costs a fault; qtune into its arena."""
+    cpu = torch.device("cpu")
+    case = next(case for case in speed.cases() if case.op == "blockwise4_unpack")
+    arguments = case.make(cpu)
+    *parts, shape, dtype = arguments
+    into = backend.kernel("blockwise4_unpack_into", "cpu") or ops.packed.blockwise4_unpack_into
+    arena = ops.arena(shape[0] * shape[1], dtype, cpu).view(*shape)
+    source = torch.empty_like(arena).normal_()
+    providers: dict[str, Run] = {
+        "qtune": lambda: into(*parts, arena),
+        **_unpack(*arguments),
+        "a copy of the output": lambda: arena.copy_(source),
+    }
+    limit, name, rows = 1e3 * here.limit(case), f"{case.shape}, memory not kept", []
+    for provider, times in take_turns(providers, rounds, few=rounds).items():
+        found = {f"{p}_ms": value for p, value in percentiles([1e3 * t for t in times]).items()}
+        rows.append(
+            {"op": case.op, "shape": name, "provider": provider, **found, "of_limit": limit / found["p50_ms"]}
+            | {"peak_bytes": peak_bytes(providers[provider])}
+        )
+    return [*rows, {"op": case.op, "shape": name, "provider": "limit", "p50_ms": limit}]
+
+
 def _synchronized(run: Run) -> Run:
     def whole() -> None:
         run()
@@ -296,18 +321,19 @@ def show(rows: list[dict[str, Any]], here: speed.Machine) -> None:
         table.add_column(column)
     for column in ("p20", "p50", "p80", "times qtune's", "of limit", "peak MiB"):
         table.add_column(column, justify="right", no_wrap=True)
-    own = {row["op"]: row.get("p50_ms") for row in rows if row["provider"] == "qtune"}
+    own = {(row["op"], row["shape"]): row.get("p50_ms") for row in rows if row["provider"] == "qtune"}
     last = None
     for row in rows:
-        head = (row["op"], row["shape"]) if row["op"] != last else ("", "")
-        last = row["op"]
+        case = (row["op"], row["shape"])
+        head = case if case != last else ("", "")
+        last = case
         if row.get("wrong"):
             table.add_row(*head, row["provider"], "wrong result: not timed", style="red")
             continue
         spread = (f"{row[p]:.2f}" if p in row else "" for p in ("p20_ms", "p50_ms", "p80_ms"))
         memory = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else ""
         of_limit = f"{row['of_limit']:.0%}" if "of_limit" in row else ""
-        table.add_row(*head, row["provider"], *spread, f"{row['p50_ms'] / own[row['op']]:.2f}", of_limit, memory)
+        table.add_row(*head, row["provider"], *spread, f"{row['p50_ms'] / own[case]:.2f}", of_limit, memory)
     Console(width=150).print(table)
     products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {dtype}" for dtype, rate in here.product.items())
     Console(width=150).print(f"copy {here.copy / 1e9:.1f} GB/s (read + written), product {products}")
@@ -320,9 +346,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     device = torch.device(options.device)
-    if device.type == "cpu":
-        keep_freed_memory()  # as a training step does
     here, rows = speed.machine(device), []
+    if device.type == "cpu":
+        if options.only is None or options.only in "blockwise4_unpack":
+            rows += fresh_memory(here, options.rounds)
+        keep_freed_memory()  # as a training step does: from here on for all providers
     for case in speed.cases():
         if options.only is None or options.only in case.op:
             torch.manual_seed(0)

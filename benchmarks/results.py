@@ -105,15 +105,15 @@ def kernels_table(rows: list[dict[str, Any]]) -> list[str]:
         "| op | size | qtune, ms | of the limit | torch reference | others |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for op in dict.fromkeys(row["op"] for row in rows):
-        by = {row["provider"]: row for row in rows if row["op"] == op}
+    for op, shape in dict.fromkeys((row["op"], row["shape"]) for row in rows):
+        by = {row["provider"]: row for row in rows if (row["op"], row["shape"]) == (op, shape)}
         own = by.pop("qtune")
         if own.get("wrong"):
             table.append(f"| `{op}` | {own['shape']} | wrong result, not timed | | | |")
             continue
         del by["limit"]
         times = {name: f"{row['p50_ms'] / own['p50_ms']:.2g} x" for name, row in by.items()}
-        reference = times.pop("reference")
+        reference = times.pop("reference", "")
         others = ", ".join(f"{name} {ratio}" for name, ratio in times.items())
         table.append(
             f"| `{op}` | {own['shape']} | {own['p50_ms']:.2f} | {own['of_limit']:.0%} | {reference} | {others} |"

@@ -14,6 +14,8 @@ out.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -166,6 +168,8 @@ def peft_step(folder: Path, checkpointing: bool, prepared: bool) -> Callable[[An
 
 def child(provider: str, recipe: str, folder: Path) -> None:
     """Load, say `ready`, then train a step for every line on stdin; a JSON line each."""
+    # this folder's kernels.py would stand in for Hugging Face's `kernels`, which bitsandbytes asks for
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
     import torch  # noqa: F401
@@ -180,6 +184,8 @@ def child(provider: str, recipe: str, folder: Path) -> None:
     else:
         step = peft_step(folder / name, checkpointing, provider == "peft")
     stream = batches(folder, name, size, length)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what a loader freed is not the steps' memory
     print(json.dumps({"loaded": status("RssAnon") - imports}), flush=True)
     with PeakMemory() as memory:
         for _ in sys.stdin:

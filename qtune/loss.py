@@ -37,17 +37,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden)
-        sums = [torch.zeros_like(p) for p in trained]
+        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
         for start in range(0, hidden.shape[0], chunk):
             with torch.enable_grad():
                 part = hidden[start : start + chunk].detach().requires_grad_()
                 logits = transform(head(part))
                 total += _losses(logits, labels[start : start + chunk]).sum()
-                grads = torch.autograd.grad(logits, (part, *trained), logits.detach())
+                grads = torch.autograd.grad(logits, (part, *trained), logits.detach(), allow_unused=True)
             grad[start : start + chunk] = grads[0]
             for into, g in zip(sums, grads[1:], strict=True):
-                into += g
-        ctx.save_for_backward(grad, *sums)
+                into += 0 if g is None else g  # None: of an adapter that is switched off
+        # rounded once: added up in bf16, a chunk of many would be lost
+        ctx.save_for_backward(grad, *(s.to(p.dtype) for s, p in zip(sums, trained, strict=True)))
         return total
 
     @staticmethod

@@ -62,7 +62,11 @@ def packed() -> Samples:
         "dynamic8_pack": [(torch.randn(300),), (torch.randn(1),)],
         "blockwise4_unpack": [(*double.parts, torch.bfloat16), (*single.parts, torch.float32)],
         "blockwise4_rows": [(ids, *double.parts, torch.float16), (ids[0], *single.parts, torch.float32)],
-        "blockwise4_matmul": [(x, *double.parts, False), (y, *double.parts, True), (x[0, 0, :5], *single.parts, False)],
+        "blockwise4_matmul": [
+            (x, *double.parts, False), (y, *double.parts, True), (x[0, 0, :5], *single.parts, False),
+            (x, *double.parts, False, torch.randn(2, 3, 4), torch.randn(6, 4)),
+            (y, *double.parts, True, y[:, :3], torch.randn(3, 70).bfloat16()),
+        ],
         "int8_pack": [(torch.randn(4, 33),), (torch.randn(1, 1).bfloat16(),)],
         "int8_unpack": [(*int8.parts, torch.bfloat16)],
         "int8_rows": [(ids, *int8.parts, torch.float16)],

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cpu_kernels import cpu_kernels
 import torch.nn.functional as F
+from cpu_kernels import cpu_kernels
 from torch import Tensor
 
 from qtune import ops
@@ -76,16 +76,17 @@ def check(q, k, v, dout, mask, causal, scale, simd) -> None:  # type: ignore[no-
     exact = theirs(*(t.double() for t in (q, k, v, dout)), *rest)
     plain, own = theirs(q, k, v, dout, *rest), ours(q, k, v, dout, *rest, simd)
     ulp = torch.finfo(q.dtype).eps
-    relative = (1, 8) if q.dtype == torch.float32 else (0.25, 0.5)  # few values of fp32 may be luckily right
-    # gradients that cancel to 0 leave the rounding, in fp32, of what cancelled
+    relative = (1, 2) if q.dtype == torch.float32 else (0.25, 0.5)  # few values of fp32 may be luckily right
+    # what cancels to 0 leaves the rounding, in fp32, of what cancelled: at one element, and in dq and dk everywhere
     widest = max(q.abs().max(), k.abs().max()).item() * abs(scale) + 1
-    noise = 2**-23 * widest * dout.float().norm(dim=-1).max().item() * v.float().norm(dim=-1).max().item()
+    noise = 2**-24 * widest * dout.float().norm(dim=-1).max().item() * v.float().norm(dim=-1).max().item()
     for name, e, p, o in zip(NAMES, exact, plain, own, strict=True):
+        everywhere = noise / 8 if name in ("dq", "dk") else 0.0
         assert o.dtype == q.dtype and o.is_contiguous(), name
         assert not o.isnan().any(), name
         size, off, off_theirs = e.abs(), (o.double() - e).abs(), (p.double() - e).abs()
         sides = off_theirs.norm(), size.norm(), size.numel() ** 0.5
-        assert off.norm() <= 2 * sides[0] + relative[0] * ulp * sides[1] + noise / 8 * sides[2], (name, simd)
+        assert off.norm() <= 2 * sides[0] + relative[0] * ulp * sides[1] + everywhere * sides[2], (name, simd)
         assert off.max() <= 2 * off_theirs.max() + relative[1] * ulp * size.max() + noise, (name, simd)
 
 
@@ -191,6 +192,24 @@ def test_hidden_keys_and_their_values_do_not_matter(simd: str) -> None:
         before = ours(q, k, v, dout, mask, False, 0.2, simd)
         k[:, hidden], v[:, hidden] = 1e4, -1e4
         assert all(torch.equal(a, b) for a, b in zip(before, ours(q, k, v, dout, mask, False, 0.2, simd), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_visible(value: float, simd: str) -> None:
+    """A query of NaN has no score to compare: it must not pass for one that sees nothing, whose result is 0."""
+    for dtype in FLOATS:
+        for T, S in ((3, 3), (65, 130)):
+            for which in range(3):
+                q, k, v, dout = inputs(1, T, S, 2, 1, 8, dtype)
+                (q, k, v)[which][0, 1, 0, 2] = value
+                mask = (torch.rand(1, 1, T, S) < 0.7).index_fill(3, torch.tensor([1]), True)
+                exact = ops.REFERENCES["attention"](q.double(), k.double(), v.double(), mask, False, 0.3)[0]
+                assert not exact.isfinite().all()
+                out, *grads = ours(q, k, v, dout, mask, False, 0.3, simd)
+                assert torch.equal(out.isnan(), exact.isnan())
+                assert torch.equal(out.isinf(), exact.isinf())
+                if which == 0:
+                    assert grads[0][0, 1, 0].isnan().all() and grads[1].isnan().any() and grads[2].isnan().any()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

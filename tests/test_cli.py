@@ -12,6 +12,7 @@ import runs_helper
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from qtune import backend
 from qtune.cli import build_parser, main
 from qtune.demo import write_task
 from qtune.model import load
@@ -129,6 +130,23 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"system", "cuda", "mps", "can do", "cpu kernels"} <= set(value["system"])
     assert any(row["op"] == "blockwise4_matmul" for row in value["kernels"])
     assert run(capsys, "doctor", "--markdown")[0].startswith("| op |")
+
+
+def test_the_doctor_speaks_where_kernels_are_required_and_cannot_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in (("KERNELS", "require"), ("CACHE", str(tmp_path))):
+        monkeypatch.setenv(f"QTUNE_{name}", value)
+    monkeypatch.setenv("CXX", "/no/compiler")
+    backend.reset()
+    try:
+        value = as_json(capsys, "doctor")
+        assert "cpu" not in value["speed"], "the ops would raise"
+        assert any(row["provider"] == "none" and "/no/compiler" in row["why"] for row in value["kernels"])
+        assert "/no/compiler" in run(capsys, "doctor")[0].replace("\n", "")
+    finally:
+        monkeypatch.undo()
+        backend.reset()
 
 
 # ---- faults ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 import runs_helper
 import tiny
 import torch
+import transformers
+from cpu_kernels import cpu_kernels
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from qtune import backend
@@ -78,9 +82,19 @@ def test_who_gets_a_twin(family: str) -> None:
     assert list(model.state_dict()) == names
     assert all(isinstance(m, own) for m, own in zip(model.modules(), classes, strict=True))
     again = copy.deepcopy(model)
+    assert [type(m) for m in again.modules()] == classes, "a copy has the library's classes"
     unfuse(model)
     assert [type(m) for m in model.modules()] == classes
-    assert torch.equal(tiny.logits(again), tiny.logits(fused := again)) and fused is again
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+
+
+def test_a_whole_model_can_be_pickled() -> None:
+    model = tiny.model("llama")
+    expected = tiny.logits(model)
+    fuse(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again.model.norm) is LlamaRMSNorm
+    assert torch.equal(tiny.logits(again), expected)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -137,10 +151,50 @@ def test_a_module_that_computes_something_else_keeps_its_code() -> None:
     assert fuse(modules) == {}
 
 
+def test_a_norm_made_without_its_weight_keeps_its_code() -> None:
+    whole, bare = Gemma3nRMSNorm(8), Gemma3nRMSNorm(8, with_scale=False)
+    x = torch.randn(3, 8)
+    expected = bare(x)
+    biased = LlamaRMSNorm(8)
+    biased.bias = nn.Parameter(torch.ones(8))
+    assert fuse(nn.ModuleList((whole, bare, biased))) == {"norm": 1}
+    assert hasattr(whole, "unfused") and torch.equal(bare(x), expected)
+
+
+@pytest.mark.parametrize("family", ["DeepseekV2Config", "DeepseekV3Config"])
+def test_latent_attention_whose_values_are_narrower_than_its_keys(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = getattr(transformers, family)(
+        **tiny.LLAMA | {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8},
+        qk_nope_head_dim=16, v_head_dim=12, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        n_group=1, topk_group=1, first_k_dense_replace=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    expected = tiny.logits(model)
+    fuse(model)
+    monkeypatch.setattr(backend, "kernel", lambda name, device: None if name != "attention" else len)
+    monkeypatch.setattr(backend, "simd", lambda module: "amx")
+    assert use_own_attention(model)
+    assert torch.allclose(tiny.logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_a_class_is_does_not_depend_on_the_default_device() -> None:
     _norm.cache_clear()
     with torch.device("meta"):
         assert fuse(LlamaRMSNorm(8)) == {"norm": 1}
+
+
+def test_own_attention_under_autocast_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the values come out of a projection in bf16, but queries and keys are turned by angles in fp32."""
+    cpu_kernels("attention")
+    model = tiny.model("llama").float()
+    exact = tiny.logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = tiny.logits(model)
+        fuse(model)
+        monkeypatch.setattr(backend, "simd", lambda module: "amx")
+        assert use_own_attention(model)
+        assert 0 < (tiny.logits(model) - exact).norm() < 1.2 * (theirs - exact).norm()
 
 
 def test_own_attention_only_on_a_cpu_in_place_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from cpu_kernels import cpu_kernels
 from torch import Tensor
 
 from qtune.errors import QtuneError
-from qtune.ops.hadamard import factor, fwht, hadamard_kronecker, hadamard_matrix
+from qtune.ops.hadamard import _matrix, _split, factor, fwht, hadamard_kronecker, hadamard_matrix
 
 qtune = torch.ops.qtune
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -236,3 +236,19 @@ def test_gradient_of_the_kernel_is_the_other_direction() -> None:
     fwht(x, 0.1).backward(dy)
     assert x.grad is not None
     assert close(x.grad, exact(dy, 0.1, True), 704)
+
+
+def test_a_base_of_order_one_counts(simd: str) -> None:
+    x, minus = torch.randn(3, 8), -torch.ones(1, 1, dtype=torch.int8)
+    assert torch.equal(kernels().hadamard_kronecker(x, minus, 0.5, False, simd), -qtune.hadamard(x, 0.5, False))
+    assert torch.allclose(hadamard_kronecker(x, minus, 0.5, False), -qtune.hadamard(x, 0.5, False), atol=1e-6)
+
+
+def test_matrices_are_on_the_cpu_whatever_torchs_default_device() -> None:
+    """They are kept for the process: one made while a model is built on meta would stay without data."""
+    _matrix.cache_clear()
+    _split.cache_clear()
+    with torch.device("meta"):
+        assert factor(36) == (36, 1)
+        matrices = [hadamard_matrix(order) for order in (4, 12, 36, 92, 20, 172, 28)]
+    assert all(m.device.type == "cpu" for m in matrices)

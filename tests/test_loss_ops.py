@@ -145,6 +145,11 @@ def test_writes_its_rows_and_nothing_else(dtype: torch.dtype, provider: str) -> 
         assert not rows.isnan().any()
 
 
+def test_rows_that_share_memory_are_refused_as_torch_does(provider: str) -> None:
+    with pytest.raises(RuntimeError, match="single memory location"):
+        qtune.cross_entropy_(torch.randn(1, 70).expand(3, 70), torch.tensor([1, 0, 2]))
+
+
 def test_threads_change_nothing(provider: str) -> None:
     logits, labels, before, results = torch.randn(37, 5001), torch.randint(0, 5001, (37,)), torch.get_num_threads(), []
     try:

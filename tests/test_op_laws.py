@@ -56,3 +56,19 @@ def test_ops_leave_their_arguments_alone_and_return_fresh_memory(name: str) -> N
             tensor.zero_()
         kept = [i for i, a in enumerate(args) if isinstance(a, Tensor) and i not in written(name)]
         assert all(same(before[i], args[i]) for i in kept)
+
+
+@pytest.mark.parametrize("name", sorted(ops.REFERENCES))
+def test_torchs_default_dtype_and_device_do_not_matter(name: str) -> None:
+    """A kernel that let them choose a result's dtype would write past its end."""
+    for args in samples()[name]:
+        wanted = getattr(qtune, name)(*copy.deepcopy(args))
+        kept = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            with torch.device("meta"):
+                found = getattr(qtune, name)(*copy.deepcopy(args))
+        finally:
+            torch.set_default_dtype(kept)
+        wanted, found = (() if r is None else r if isinstance(r, tuple) else (r,) for r in (wanted, found))
+        assert all(same(a, b) for a, b in zip(wanted, found, strict=True))

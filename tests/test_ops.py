@@ -453,7 +453,7 @@ def test_a_kernel_serves_when_there_is_one(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_product_that_never_unpacks_is_asked_first(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, x = Packed(form, torch.randn(6, 70)), torch.randn(3, 70)
     plain = packed.matmul(x, False)
-    name = "int8_matmul_small" if form == "int8" else "blockwise4_matmul_small"
+    name = "int8_matmul_fused" if form == "int8" else "blockwise4_matmul_fused"
     for answer in (torch.full((3, 6), 7.0), None):  # None: not for that many tokens
         monkeypatch.setattr(backend, "kernel", lambda n, d, a=answer: (lambda *_: a) if n == name else None)
         assert torch.equal(packed.matmul(x, False), plain if answer is None else answer)

@@ -49,6 +49,31 @@ def test_loss_equals_transformers(family: str, tmp_path: Path) -> None:
     assert torch.allclose(ours.loss_sum(b) / (b.labels[:, 1:] != -100).sum(), expected, rtol=1e-5)
 
 
+def test_a_bf16_head_adapter_loses_no_chunk_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1024 chunks of equal gradients: in bf16 the sum would stop growing at 256 times one of them."""
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 1)  # chunks of 16 rows
+    head = nn.Linear(8, 5, bias=False, dtype=torch.bfloat16)
+    row = torch.randn(1, 1, 8, dtype=torch.bfloat16)
+    gradients = []
+    for chunks in (1, 1024):
+        hidden = row.expand(1, 16 * chunks + 1, 8).clone().requires_grad_()
+        loss = cross_entropy_sum(hidden, torch.ones(hidden.shape[:2], dtype=torch.int64), head, 5, lambda x: x)
+        gradients += torch.autograd.grad(loss, list(head.parameters()))
+    assert torch.allclose(gradients[1].float(), 1024 * gradients[0].float(), rtol=2**-7)
+
+
+def test_a_head_adapter_that_is_switched_off_gets_no_gradient() -> None:
+    class Head(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 5)
+            self.unused = nn.Parameter(torch.ones(3))
+
+    head, hidden = Head(), torch.randn(1, 4, 8, requires_grad=True)
+    cross_entropy_sum(hidden, torch.ones(1, 4, dtype=torch.int64), head, 5, lambda x: x).backward()
+    assert head.unused.grad is None or not head.unused.grad.any()
+    assert hidden.grad is not None and hidden.grad.any()
+
+
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_chunked_gradient_equals_float64(monkeypatch: pytest.MonkeyPatch, cap: float | None) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 1)  # chunks of 16 rows

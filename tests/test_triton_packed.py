@@ -216,13 +216,13 @@ def test_the_product_in_packed_form(module, device, height, width, block, transp
             parts = (codes, *scales, "nf4", block, (height, width))
             w = REFERENCES["blockwise4_unpack"](*parts, dtype)
             w = w if transpose else w.t()
-            got = module.blockwise4_matmul_small(*moved(device, x, *parts), transpose)
+            got = module.blockwise4_matmul_fused(*moved(device, x, *parts), transpose)
             assert got.is_contiguous()
             close(got, x.double() @ w.double(), (x @ w))
 
 
 def test_the_product_leaves_to_others_what_it_is_bad_at() -> None:
-    small = interpreted("blockwise4").blockwise4_matmul_small
+    small = interpreted("blockwise4").blockwise4_matmul_fused
     codes, absmax = REFERENCES["blockwise4_pack"](torch.randn(6, 96), "nf4", 32)
     rest = (codes, absmax, None, None, "nf4", 32, (6, 96), False)
     most = interpreted("blockwise4").SMALL_TOKENS
@@ -278,9 +278,9 @@ def test_the_int8_product(module, device, height, width, transpose, poisoned) ->
     for dtype in products(device):
         for lead in ((1,), (2, 9), (64,)):
             x = torch.randn(*lead, height if transpose else width).to(dtype)
-            got = module.int8_matmul_small(*moved(device, x, codes, absmax), transpose)
+            got = module.int8_matmul_fused(*moved(device, x, codes, absmax), transpose)
             close(got, x.double() @ w, REFERENCES["int8_matmul"](x, codes, absmax, transpose))
-    assert module.int8_matmul_small(*moved(device, torch.randn(65, x.shape[-1]), codes, absmax), transpose) is None
+    assert module.int8_matmul_fused(*moved(device, torch.randn(65, x.shape[-1]), codes, absmax), transpose) is None
 
 
 def test_the_int8_product_scales_w_in_fp16() -> None:
@@ -288,11 +288,11 @@ def test_the_int8_product_scales_w_in_fp16() -> None:
     codes, absmax = torch.full((16, 16), 100, dtype=torch.int8), torch.full((16,), 0.01)
     x = torch.full((1, 16), 1e-5, dtype=torch.float16)
     for dtype in (torch.float16, torch.bfloat16):
-        wrapper, arguments = true("int8").int8_matmul_small, moved("meta", x.to(dtype), codes, absmax)
+        wrapper, arguments = true("int8").int8_matmul_fused, moved("meta", x.to(dtype), codes, absmax)
         ((_, given, _),) = recorded(wrapper, *arguments, True)
         assert given["SCALE_W"] == (dtype == torch.float16)
     for module, device in places("int8"):
-        got = module.int8_matmul_small(*moved(device, x, codes, absmax), True)
+        got = module.int8_matmul_fused(*moved(device, x, codes, absmax), True)
         if got is not None:
             close(got, x.double() @ (codes.double() * 0.01 / 127), REFERENCES["int8_matmul"](x, codes, absmax, True))
             assert (got > 0).all()
@@ -357,16 +357,16 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "unpack fp32": ("blockwise4", "blockwise4_unpack", *w, fp32),
         "unpack huge": ("blockwise4", "blockwise4_unpack", *huge, bf16),
         "rows": ("blockwise4", "blockwise4_rows", ids, *w, bf16),
-        "product, one token": ("blockwise4", "blockwise4_matmul_small", meta(1, 4096, dtype=bf16), *w, False),
-        "product, 64 tokens": ("blockwise4", "blockwise4_matmul_small", meta(64, 4096, dtype=fp16), *single, False),
-        "product, back": ("blockwise4", "blockwise4_matmul_small", meta(64, 4096, dtype=bf16), *w, True),
+        "product, one token": ("blockwise4", "blockwise4_matmul_fused", meta(1, 4096, dtype=bf16), *w, False),
+        "product, 64 tokens": ("blockwise4", "blockwise4_matmul_fused", meta(64, 4096, dtype=fp16), *single, False),
+        "product, back": ("blockwise4", "blockwise4_matmul_fused", meta(64, 4096, dtype=bf16), *w, True),
         "int8 pack": ("int8", "int8_pack", meta(4096, 4096, dtype=bf16)),
         "int8 unpack": ("int8", "int8_unpack", *int8, bf16),
         "int8 unscaled": ("int8", "int8_unpack_into", int8[0], None, meta(4096, 4096, dtype=bf16)),
         "int8 rows": ("int8", "int8_rows", ids, *int8, fp16),
         "int8 scale": ("int8", "int8_scale_into", meta(512, 4096, dtype=bf16), int8[1], meta(512, 4096, dtype=bf16)),
-        "int8 product": ("int8", "int8_matmul_small", meta(64, 4096, dtype=bf16), *int8, False),
-        "int8 product, back": ("int8", "int8_matmul_small", meta(16, 4096, dtype=fp16), *int8, True),
+        "int8 product": ("int8", "int8_matmul_fused", meta(64, 4096, dtype=bf16), *int8, False),
+        "int8 product, back": ("int8", "int8_matmul_fused", meta(16, 4096, dtype=fp16), *int8, True),
         "adamw bf16": ("adamw8", "adamw8_", meta(n, dtype=bf16), meta(n, dtype=bf16), *state, *rest, 5),
         "adamw fp32": ("adamw8", "adamw8_", meta(n), meta(n), *state, *rest, 0),
     }  # fmt: skip
@@ -416,7 +416,7 @@ def test_what_does_not_fit_is_refused_all_at_once() -> None:
     with pytest.raises(QtuneError, match=r"ids of torch.float32.*result of torch.float64"):
         k.blockwise4_rows(torch.ones(1), codes, absmax, None, None, "nf4", 64, (2, 64), torch.float64)
     with pytest.raises(QtuneError, match=r"x \(3, 63\).*wanted \[\.\.\., 64\]"):
-        k.blockwise4_matmul_small(torch.randn(3, 63), codes, absmax, None, None, "nf4", 64, (2, 64), False)
+        k.blockwise4_matmul_fused(torch.randn(3, 63), codes, absmax, None, None, "nf4", 64, (2, 64), False)
     with pytest.raises(QtuneError, match=r"scales of torch.float16"):
         k.dynamic8_pack(torch.ones(3).half())
     int8 = REFERENCES["int8_pack"](torch.randn(2, 64))
@@ -425,7 +425,7 @@ def test_what_does_not_fit_is_refused_all_at_once() -> None:
     with pytest.raises(QtuneError, match=r"scales: 1 .*no contiguous"):
         i.int8_unpack_into(int8[0], int8[1][:1], torch.empty(2, 63))
     with pytest.raises(QtuneError, match=r"x \(3, 2\); wanted \[\.\.\., 64\]"):
-        i.int8_matmul_small(torch.randn(3, 2), *int8, False)
+        i.int8_matmul_fused(torch.randn(3, 2), *int8, False)
     with pytest.raises(QtuneError, match="not as x"):
         i.int8_scale_into(torch.randn(3, 2), int8[1], torch.empty(3, 2).half())
     zeros = torch.zeros(5, dtype=torch.uint8), torch.zeros(1), torch.zeros(4, dtype=torch.uint8), torch.zeros(2)

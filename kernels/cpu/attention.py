@@ -7,7 +7,6 @@ amx, which serve bf16 only (other dtypes then take the avx512 path). Left out: w
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from .library import DTYPES, FLAG, POINTER, REAL, Library, fits, pointer, require, simd_number
 
-KEPT = 8 << 20  # bytes of scratch that a thread keeps for its next call: fresh pages would cost a quarter of the time
 WIDEST = 256  # values of a head: what the kernel's blocks on the stack hold
 
 
@@ -34,7 +32,6 @@ def _self_test(library: ctypes.CDLL) -> bool:
     return (out[0], lse[0]) == (5.0, 3.0)
 
 
-_kept = threading.local()
 _P, _F = POINTER, FLAG
 LIBRARY = Library(
     "attention.cpp",
@@ -91,14 +88,7 @@ def _scratch(numbers: Any, dtype: int, mask: Tensor | None, backward: bool, thre
     size = ctypes.c_int64()
     how = dtype, mask is not None, backward, threads, simd
     LIBRARY.call("qtune_attention_scratch", numbers, *how, ctypes.byref(size))
-    kept = getattr(_kept, "scratch", None)
-    if kept is not None and kept.numel() >= size.value:
-        return kept  # type: ignore[no-any-return]
-    with torch.inference_mode(False):
-        scratch = torch.empty(size.value, dtype=torch.uint8)
-    if size.value <= KEPT:
-        _kept.scratch = scratch
-    return scratch
+    return torch.empty(size.value, dtype=torch.uint8)
 
 
 def attention(

@@ -119,8 +119,9 @@ TARGET static void forward(const void *task, int64_t first, int64_t last) {
                 product(t.wide, BLOCK, BLOCK, run, at<Element>(t.v_columns, (unit * t.key_blocks + found[m]) * block), BLOCK, block, p + m * SQUARE, SQUARE, o, !fresh);
             }
         }
-        for (int64_t c = 0; c < BLOCK; c += WIDTH) {    // a query that saw nothing has total 0 and maximum -inf
-            const Floats high = loaded(top + c), sum = where_lowest(high, all(1.0f), loaded(total + c));
+        for (int64_t c = 0; c < BLOCK; c += WIDTH) {    // a query that saw nothing has total 0 and maximum -inf; one of NaN has total NaN
+            const Floats high = loaded(top + c) + loaded(total + c) * Floats{}, sum = where_lowest(high, all(1.0f), loaded(total + c));
+            store(top + c, high);
             store(factor + c, where_lowest(high, Floats{}, all(1.0f) / sum));
             store(total + c, where_lowest(high, high, madd(logarithm2(sum), all(LN2), high * all(1.0f / UNIT))));
         }

@@ -35,7 +35,7 @@ void make_index(const int8_t *base, int64_t order, bool transpose, uint8_t *inde
 #define PATH any_machine
 #define LANES 4
 #define TARGET
-#include "hadamard_lanes.h"
+#include "lanes.h"
 #include "hadamard_path.h"
 #undef PATH
 #undef LANES
@@ -47,7 +47,7 @@ void make_index(const int8_t *base, int64_t order, bool transpose, uint8_t *inde
 #define PATH with_avx2
 #define LANES 8
 #define TARGET AVX2
-#include "hadamard_lanes.h"
+#include "lanes.h"
 #include "hadamard_path.h"
 #undef PATH
 #undef LANES
@@ -57,7 +57,7 @@ void make_index(const int8_t *base, int64_t order, bool transpose, uint8_t *inde
 #define PATH with_avx512
 #define LANES 16
 #define TARGET AVX512
-#include "hadamard_lanes.h"
+#include "lanes.h"
 #include "hadamard_path.h"
 #endif
 

@@ -27,7 +27,7 @@ def _self_test(library: ctypes.CDLL) -> bool:
 
 LIBRARY = Library(
     "hadamard.cpp",
-    ("hadamard_lanes.h", "hadamard_path.h", "simd.h", "simd_x86.h"),
+    ("lanes.h", "hadamard_path.h", "simd.h", "simd_x86.h"),
     {
         "qtune_hadamard": (POINTER, FLAG, SIZE, SIZE, POINTER, SIZE, FLAG, POINTER, REAL, POINTER, FLAG, FLAG),
     },
@@ -53,6 +53,8 @@ def hadamard_kronecker(x: Tensor, base: Tensor, scale: float, transpose: bool, s
         (length * order == n and length & (length - 1) == 0, f"size {n} is not {order} times a power of two"),
     ])  # fmt: skip
     flat, base = x.contiguous(), base.contiguous()
+    if order == 1:  # the library leaves it out
+        scale *= base.item()
     y = torch.empty(x.shape, dtype=x.dtype)
     index = torch.empty(order * order // 4, dtype=torch.uint8)
     LIBRARY.call(

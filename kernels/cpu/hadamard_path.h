@@ -1,4 +1,4 @@
-// The transform of one row on one path: included once per path, after hadamard_lanes.h. Stages go in the order h = 1, 2, 4, ... on every
+// The transform of one row on one path: included once per path, after lanes.h. Stages go in the order h = 1, 2, 4, ... on every
 // path, and the sums over H_K in one order too, so all paths give the same bits.
 
 namespace {

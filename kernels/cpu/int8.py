@@ -47,7 +47,8 @@ def int8_pack(w: Tensor, simd: str = "auto") -> tuple[Tensor, Tensor]:
     """w [out, in] fp32, bf16 or fp16 -> codes int8 [out, in], absmax fp32 [out]; round half to even."""
     require([_matrix("weight", w, *DTYPES)])
     rows, cols = w.shape
-    flat, codes, absmax = w.contiguous(), torch.empty(w.shape, dtype=torch.int8), torch.empty(rows)
+    flat, codes = w.contiguous(), torch.empty(w.shape, dtype=torch.int8)
+    absmax = torch.empty(rows, dtype=torch.float32)
     results = codes.data_ptr(), absmax.data_ptr(), torch.get_num_threads(), simd_number(simd)
     LIBRARY.call("qtune_int8_pack", flat.data_ptr(), DTYPES[w.dtype], rows, cols, *results)
     return codes, absmax

@@ -52,7 +52,8 @@ def cross_entropy_(logits: Tensor, labels: Tensor, simd: str = "auto") -> Tensor
         and labels.shape == (rows,)
     ):  # fmt: skip
         _refuse(logits, labels)
-    goal = logits if vocab < 2 or logits.stride(1) == 1 else logits.contiguous()
+    plain = (vocab < 2 or logits.stride(1) == 1) and (rows < 2 or logits.stride(0) >= vocab)
+    goal = logits if plain else logits.clone(memory_format=torch.contiguous_format)
     labels, losses = labels.contiguous(), torch.empty(rows, dtype=torch.float32)
     size, threads = (DTYPES[goal.dtype], rows, vocab, goal.stride(0)), torch.get_num_threads()
     results = labels.data_ptr(), losses.data_ptr()

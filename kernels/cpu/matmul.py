@@ -1,6 +1,7 @@
 """Products with a packed W that is never dense in memory, on the CPU: ctypes wrappers of matmul.cpp.
 
-Serves bf16 on machines with AMX; each function returns None where it does not, or where unpacking W first is better.
+Serves bf16 on machines with AMX; each function returns None where it does not, or where unpacking W first is better:
+sums of fewer than 256 values for 256 rows or more.
 W's values are those of `blockwise4_unpack`, bit for bit (int8: the codes, exactly); sums are fp32, rounded once.
 """
 
@@ -17,18 +18,20 @@ from torch import Tensor
 from qtune.tables import NESTED_BLOCK, dynamic8
 
 from .blockwise4 import values
-from .library import FLAG, POINTER, Library, fits, part, pointer, require
+from .int8 import int8_scale_into
+from .library import FLAG, POINTER, Library, part, pointer, require
 
 KEPT = 4 << 20  # bytes of scratch a thread that stay for the next call
 STEP = 32  # values of a step of the reduction, columns of a block
 INT8_STEP = 1.0 / 127.0
 AMX = 5
-FORMS = {"blockwise4": 0, "dense": 1, "int8": 2}
+SHORT, MANY = 256, 256  # shorter sums for this many rows are a tenth faster unpacked first (measured)
+FORMS = {"blockwise4": 0, "dense": 1, "int8": 2}  # dense: the low-rank factor is one; no op is served by it
 CPU = torch.device("cpu")
 
 
 def _self_test(library: ctypes.CDLL) -> bool:
-    """Without AMX nothing is served. With it: 3 x 1 row of 32 ones is 96."""
+    """Without AMX nothing is served. With it: 32 threes times 32 ones are 96."""
     if library.qtune_isa(-1) != AMX:
         return True
     numbers, size = (ctypes.c_int64 * 7)(1, 32, 1, 0, 1, 0, 0), ctypes.c_int64()
@@ -91,8 +94,35 @@ def _product(
     return y
 
 
-def _serves(x: Tensor, shape: Sequence[int]) -> bool:
-    return x.dtype == torch.bfloat16 and x.numel() > 0 and 0 not in shape and _runs()
+def _serves(x: Tensor, shape: Sequence[int], transpose: bool) -> bool:
+    long = shape[0] if transpose else shape[1]
+    if x.dtype != torch.bfloat16 or x.numel() == 0 or 0 in shape:
+        return False
+    return (long >= SHORT or x.numel() < MANY * long) and _runs()
+
+
+def _x_check(x: Tensor, shape: Sequence[int], transpose: bool) -> tuple[bool, str]:
+    long = shape[0] if transpose else shape[1]
+    fitting = x.is_cpu and x.dim() > 0 and x.shape[-1] == long
+    return fitting, f"x {tuple(x.shape)} on {x.device}; wanted [..., {long}] on cpu"
+
+
+def _low_rank(x: Tensor, inner: Tensor | None, factor: Tensor | None, shape: Sequence[int], transpose: bool):  # type: ignore[no-untyped-def]
+    """inner and factor, contiguous (None without a rank), and a check of both."""
+    if inner is None or factor is None:
+        return None, None, (inner is factor, "inner and factor come together")
+    rank = inner.shape[-1] if inner.dim() else 0
+    wanted = (rank, shape[1]) if transpose else (shape[0], rank)
+    fitting = (
+        inner.dtype == factor.dtype == x.dtype
+        and inner.is_cpu
+        and factor.is_cpu
+        and tuple(factor.shape) == wanted
+        and inner.shape[:-1] == x.shape[:-1]
+    )
+    text = f"inner {tuple(inner.shape)} of {inner.dtype}, factor {tuple(factor.shape)} of {factor.dtype}"
+    check = fitting, f"{text}; wanted [..., {rank}], {wanted} of {x.dtype} on cpu"
+    return (inner.contiguous(), factor.contiguous(), check) if rank else (None, None, check)
 
 
 def blockwise4_matmul_fused(
@@ -105,26 +135,53 @@ def blockwise4_matmul_fused(
     block: int,
     shape: Sequence[int],
     transpose: bool,
+    inner: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor | None:
-    """x bf16 [..., in] -> x W^T [..., out]; with `transpose` x [..., out] -> x W [..., in]. None for other dtypes,
-    without AMX, and for blocks that are no multiple of 32 or do not divide a row."""
+    """x bf16 [..., in] -> x W^T [..., out]; with `transpose` x [..., out] -> x W [..., in].
+
+    inner bf16 [..., r] and factor bf16 [out, r] (with `transpose` [r, in]) add inner factor^T (inner factor) to the
+    same sums. None for other dtypes of x, without AMX, for blocks that are no multiple of 32 or do not divide a row.
+    """
     height, width = shape
-    if not _serves(x, shape) or block % STEP or block <= 0 or width % block:
+    if not _serves(x, shape, transpose) or block % STEP or block <= 0 or width % block:
         return None
     sixteen, blocks, nested = values(kind), height * width // block, nested_absmax is not None
-    inner = height if transpose else width
+    inner, factor, together = _low_rank(x, inner, factor, shape, transpose)
     require([
-        (x.is_cpu and x.shape[-1] == inner, f"x {tuple(x.shape)} on {x.device}; wanted [..., {inner}] on cpu"),
+        _x_check(x, shape, transpose),
         part("codes", codes, height * width // 2, torch.uint8),
         part("scales", absmax, blocks, torch.uint8 if nested else torch.float32),
         part("nested scales", nested_absmax, -(blocks // -NESTED_BLOCK), torch.float32),
         part("nested offset", nested_offset, 1, torch.float32),
         (nested == (nested_offset is not None), "nested scales and their offset come together"),
+        together,
     ])  # fmt: skip
     nested_absmax = nested_absmax.contiguous() if nested_absmax is not None else None
     map8 = dynamic8(CPU) if nested else None
     sources = codes.contiguous(), absmax.contiguous(), map8, nested_absmax, nested_offset, sixteen
-    return _product(x, "blockwise4", shape, transpose, block, sources)
+    return _product(x, "blockwise4", shape, transpose, block, sources, None, inner, factor)
 
 
-KERNELS: dict[str, Callable[..., Any]] = {"blockwise4_matmul_fused": blockwise4_matmul_fused}
+def int8_matmul_fused(x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool) -> Tensor | None:
+    """x bf16 [..., in] -> (x C^T) * scale, the scale in fp32 on the sums; with `transpose` (x * scale, rounded) C.
+    None for other dtypes of x, without AMX, for rows of codes that are no multiple of 32."""
+    if not _serves(x, codes.shape, transpose) or codes.dim() != 2 or codes.shape[1] % STEP:
+        return None
+    require([
+        _x_check(x, codes.shape, transpose),
+        (codes.is_cpu and codes.dtype == torch.int8, f"codes of {codes.dtype} on {codes.device}; wanted int8 on cpu"),
+        part("scales", absmax, codes.shape[0], torch.float32),
+    ])  # fmt: skip
+    sources = codes.contiguous(), *[None] * 5
+    if not transpose:
+        return _product(x, "int8", codes.shape, False, 1, sources, absmax * INT8_STEP)
+    scaled = torch.empty(x.shape, dtype=x.dtype)
+    int8_scale_into(x, absmax, scaled)
+    return _product(scaled, "int8", codes.shape, True, 1, sources)
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "blockwise4_matmul_fused": blockwise4_matmul_fused,
+    "int8_matmul_fused": int8_matmul_fused,
+}

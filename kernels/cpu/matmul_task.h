@@ -4,10 +4,9 @@
 namespace {
 
 constexpr int64_t TILE = 32;              // rows and columns of a step's block: two tiles each; and values of a step of the reduction
-constexpr int64_t BLOCK_BYTES = 2 * TILE * TILE;    // of bf16
 constexpr int64_t PANEL = 1 << 20;        // bytes of W that an item holds unpacked: half of an L2
-constexpr int64_t CHUNK = 640;            // length of reduction whose 32 rows of x stay in L1 while all columns of the panel pass
-constexpr int64_t WIDEST = 10;            // pairs of tiles of a panel: its 320 columns read x once
+constexpr int64_t CHUNK = 2048;           // length of reduction between loads and stores of sums; shorter ones, to keep x in L1, were slower
+constexpr int64_t WIDEST = 10;            // pairs of tiles of a panel whose reduction goes in parts: its 320 columns read x once
 constexpr int64_t TALLEST = 2048;         // rows whose sums an item keeps when it goes over the reduction several times
 
 enum Form { BLOCKWISE4 = 0, DENSE = 1, INT8 = 2 };
@@ -34,10 +33,13 @@ inline int64_t rounded_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Pairs of tiles of a panel: as many as fit with their whole reduction.
+inline int64_t widest_of(const Task &t) { return larger(WIDEST, PANEL / (rounded_up(t.R, TILE) * 2 * TILE)); }
+
 // Items are (rows, group of columns). Sums are exact in every order of this plan, so results depend on the shapes alone, not on threads.
 inline int64_t plan(Task &t, int threads) {
     t.pairs = ceil_div(t.C, TILE);
-    t.groups = smaller(t.pairs, rounded_up(ceil_div(t.pairs, WIDEST), threads));
+    t.groups = smaller(t.pairs, rounded_up(ceil_div(t.pairs, widest_of(t)), threads));
     const int64_t widest = ceil_div(t.pairs, t.groups), length = rounded_up(t.R, TILE);
     t.tail = rounded_up(t.rank, TILE);
     const int64_t segments = ceil_div(length * widest * 2 * TILE, PANEL);

@@ -24,7 +24,7 @@ inline int64_t row_start(const Matrix &m, int64_t i) {
 #define PATH any_machine
 #define LANES 4
 #define TARGET
-#include "hadamard_lanes.h"
+#include "lanes.h"
 #include "sparse_path.h"
 #undef PATH
 #undef LANES
@@ -36,7 +36,7 @@ inline int64_t row_start(const Matrix &m, int64_t i) {
 #define PATH with_avx2
 #define LANES 8
 #define TARGET AVX2
-#include "hadamard_lanes.h"
+#include "lanes.h"
 #include "sparse_path.h"
 #undef PATH
 #undef LANES
@@ -46,7 +46,7 @@ inline int64_t row_start(const Matrix &m, int64_t i) {
 #define PATH with_avx512
 #define LANES 16
 #define TARGET AVX512
-#include "hadamard_lanes.h"
+#include "lanes.h"
 #include "sparse_path.h"
 #undef PATH
 #undef LANES

@@ -32,7 +32,7 @@ def _self_test(library: ctypes.CDLL) -> bool:
 _P, _S, _F = POINTER, SIZE, FLAG
 LIBRARY = Library(
     "sparse.cpp",
-    ("hadamard_lanes.h", "sparse_path.h", "simd.h", "simd_x86.h"),
+    ("lanes.h", "sparse_path.h", "simd.h", "simd_x86.h"),
     {
         "qtune_sparse_check": (_P, _F, _P, _F, _S, _S, _P),
         "qtune_sparse_plan": (_F, _F, _S, _S, _F, _F, _P),

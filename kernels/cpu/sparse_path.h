@@ -1,4 +1,4 @@
-// The products of sparse.cpp on one path: included once per path, after hadamard_lanes.h. A block is V vectors of tokens, lanes run along the
+// The products of sparse.cpp on one path: included once per path, after lanes.h. A block is V vectors of tokens, lanes run along the
 // tokens; blocks are kept transposed, [features][stride], so that one coefficient is a few vectors of contiguous memory: in fp32, or, where x is
 // bf16, two tokens to a lane, the later one in the upper half, which halves the cache lines that a coefficient takes.
 

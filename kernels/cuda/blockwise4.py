@@ -2,7 +2,7 @@
 
 Unpacking is one pass, from bytes and 8-bit scales to bf16: 0.52 B read and 2 B written a weight, so memory is its limit
 as long as a weight costs less than some 15 instructions: the 16 values come from one cache line, a scale is computed
-once for the 8 neighbours that a thread writes as 16 bytes. `blockwise4_matmul_small` multiplies without a dense W,
+once for the 8 neighbours that a thread writes as 16 bytes. `blockwise4_matmul_fused` multiplies without a dense W,
 in both directions, the gradient's too: bytes become a tile of W in registers. Left out: splitting K, the tensor cores'
 own 4-bit formats.
 """
@@ -343,7 +343,7 @@ def blockwise4_rows(
     return out
 
 
-def blockwise4_matmul_small(
+def blockwise4_matmul_fused(
     x: Tensor,
     codes: Tensor,
     absmax: Tensor,
@@ -353,10 +353,13 @@ def blockwise4_matmul_small(
     block: int,
     shape: Sequence[int],
     transpose: bool,
+    low: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor | None:
     """x [..., in] -> x W^T [..., out]; with `transpose` x [..., out] -> x W [..., in], W never dense: its tiles are
-    rounded to x's dtype, sums are fp32. None where unpacking W first is better: above SMALL_TOKENS tokens, for blocks
-    that cross rows or are no power of two from 32 on, and where tensor cores do not serve: fp32, Turing."""
+    rounded to x's dtype, sums are fp32; low factor^T (`transpose`: low factor) is added by torch. None where unpacking
+    W first is better: above SMALL_TOKENS tokens, for blocks that cross rows or are no power of two from 32 on, and
+    where tensor cores do not serve: fp32, Turing."""
     height, width = shape
     inner, outer = (height, width) if transpose else (width, height)
     tokens = x.numel() // max(1, x.shape[-1])
@@ -373,6 +376,8 @@ def blockwise4_matmul_small(
     tile = {"TOKENS": rows, "COLUMNS": columns, "STEP": step, "num_warps": 4, "num_stages": 5}
     kernel, grid = _backward if transpose else _forward, (cdiv(outer, columns), cdiv(tokens, rows))
     launch(kernel, grid, x, x.contiguous(), *parts, y, tokens, height, width, **options, **tile)
+    if low is not None and factor is not None:
+        y.view(tokens, outer).addmm_(low.reshape(tokens, -1), factor if transpose else factor.t())
     return y
 
 
@@ -382,5 +387,5 @@ KERNELS: Kernels = {
     "blockwise4_unpack": blockwise4_unpack,
     "blockwise4_unpack_into": blockwise4_unpack_into,
     "blockwise4_rows": blockwise4_rows,
-    "blockwise4_matmul_small": blockwise4_matmul_small,
+    "blockwise4_matmul_fused": blockwise4_matmul_fused,
 }

@@ -2,7 +2,7 @@
 
     w ~ code * absmax[row] / 127
 
-`int8_matmul_small` multiplies without a dense W: codes become a tile of W in registers, and the scale is applied in
+`int8_matmul_fused` multiplies without a dense W: codes become a tile of W in registers, and the scale is applied in
 fp32 to the sums, forward, or to the tokens, backward (to W's tile in fp16, which has no range for that). Left out:
 products of int8 with int8, splitting K.
 """
@@ -192,7 +192,7 @@ def int8_scale_into(x: Tensor, absmax: Tensor, out: Tensor) -> None:
     launch(_scale, grid, out, x.contiguous(), absmax.contiguous(), out, width, STEP=INT8_STEP, TILE=tile)
 
 
-def int8_matmul_small(x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool) -> Tensor | None:
+def int8_matmul_fused(x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool) -> Tensor | None:
     """x [..., in] -> (x C^T) * scale; with `transpose` (x * scale) C, C never dense. None where unpacking first is
     better: above SMALL_TOKENS tokens, and where tensor cores do not serve: fp32, Turing."""
     height, width = codes.shape
@@ -221,5 +221,5 @@ KERNELS: Kernels = {
     "int8_unpack_into": int8_unpack_into,
     "int8_rows": int8_rows,
     "int8_scale_into": int8_scale_into,
-    "int8_matmul_small": int8_matmul_small,
+    "int8_matmul_fused": int8_matmul_fused,
 }

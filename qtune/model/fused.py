@@ -36,7 +36,8 @@ def fuse(model: nn.Module) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for module in model.modules():
         for kind, find in FINDERS.items():
-            if twin := find(type(module), type(getattr(module, "act_fn", None))):
+            twin = find(type(module), type(getattr(module, "act_fn", None)))
+            if twin and (kind != "norm" or _has_a_weight_alone(module)):
                 module.__class__ = twin
                 counts[kind] += 1
                 break
@@ -50,8 +51,16 @@ def unfuse(model: nn.Module) -> None:
             module.__class__ = own
 
 
+def _blank(own: type[nn.Module]) -> nn.Module:
+    return own.__new__(own)
+
+
 def _twin(own: Any, forward: Any) -> type[nn.Module]:
-    return type(f"Fused{own.__name__}", (own,), {"forward": forward, "unfused": own, "__doc__": own.__doc__})
+    def reduce(self: Any, protocol: Any) -> Any:  # copies and pickles are of the class that has a name
+        return _blank, (own,), self.__dict__
+
+    body = {"forward": forward, "unfused": own, "__doc__": own.__doc__, "__reduce_ex__": reduce}
+    return type(f"Fused{own.__name__}", (own,), body)
 
 
 # ---- RMSNorm
@@ -84,6 +93,12 @@ def _norm(own: Any, _: type) -> type[nn.Module] | None:
 
                 return _twin(own, forward)
     return None
+
+
+def _has_a_weight_alone(norm: nn.Module) -> bool:
+    """What a class computes may depend on the module: Gemma 3n and 4 make norms without a weight, xLSTM with a bias."""
+    tensors = {**dict(norm.named_parameters()), **dict(norm.named_buffers())}
+    return list(tensors) == ["weight"] and tensors["weight"].dim() == 1
 
 
 # ---- gated MLP
@@ -122,7 +137,8 @@ def _rotary(own: Any, _: type) -> type[nn.Module] | None:
     if not isinstance(code, FunctionType) or ROTARY not in code.__code__.co_names or hasattr(own, "unfused"):
         return None
     theirs = code.__globals__.get(ROTARY)
-    if theirs is None or list(inspect.signature(theirs).parameters)[:4] != ["q", "k", "cos", "sin"]:
+    known = ["q", "k", "cos", "sin", "unsqueeze_dim"]
+    if theirs is None or list(inspect.signature(theirs).parameters) not in (known, known[:4]):
         return None
     q, k, cos, sin = _random(2, 3, 5, 16), _random(2, 1, 5, 16), _random(1, 5, 16), _random(1, 5, 16)
     try:
@@ -174,6 +190,13 @@ def use_own_attention(model: PreTrainedModel) -> bool:
     return True
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """x as torch's attention would take it: autocast does not know ours."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -190,6 +213,7 @@ def _attention(
     What transformers' own function for torch's attention computes; a call that asks for more than ours does goes there.
     """
     more = bool(dropout) or query.shape[-1] > LARGEST or any(rest.get(name) is not None for name in MORE)
+    more = more or value.shape[-1] != key.shape[-1]  # latent attention (DeepSeek)
     if more or (attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1)):
         return AttentionInterface()["sdpa"](  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest
@@ -199,5 +223,5 @@ def _attention(
     if causal and key.shape[2] > query.shape[2]:  # the places of a static cache that are not filled yet
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = (_autocast(x).transpose(1, 2) for x in (query, key, value))
     return flash_attention(q, k, v, attention_mask, causal, scale), None

@@ -111,7 +111,7 @@ def _matrix(order: int) -> Tensor | None:
     """int8 [order, order], or None; Sylvester's for a power of two."""
     if not 1 <= order <= LARGEST_ORDER:
         return None
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):  # kept for ever, whatever is the default now
         if order & (order - 1) == 0:
             i = torch.arange(order)
             both, parity = i[:, None] & i, torch.zeros(order, order, dtype=torch.int64)

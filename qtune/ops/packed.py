@@ -214,8 +214,8 @@ def _product(x: Tensor, w: Tensor, transpose: bool) -> Tensor:
 
 
 def _without_unpacking(name: str, x: Tensor, *rest: object) -> Tensor | None:
-    """The product by a kernel that dequantizes inside of it, where there is one and it takes this (few tokens)."""
-    kernel = None if is_fp64(x) else backend.kernel(f"{name}_small", x.device.type)
+    """The product by a kernel that dequantizes inside of it, where there is one and it takes these arguments."""
+    kernel = None if is_fp64(x) else backend.kernel(f"{name}_fused", x.device.type)
     return kernel(x, *rest) if kernel else None
 
 
@@ -233,19 +233,28 @@ def blockwise4_matmul(
     block: int,
     shape: Sequence[int],
     transpose: bool,
+    inner: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """x [..., in] -> x W^T [..., out]; with `transpose` x [..., out] -> x W [..., in]. W is unpacked to x's dtype in
-    the arena, or a tile at a time where a kernel does that."""
+    the arena, or a tile at a time where a kernel does that. inner [..., r] and factor [out, r] ([r, in]) add inner
+    factor^T (inner factor)."""
     parts = codes, absmax, nested_absmax, nested_offset, kind, block
-    if (y := _without_unpacking("blockwise4_matmul", x, *parts, shape, transpose)) is not None:
+    if (y := _without_unpacking("blockwise4_matmul", x, *parts, shape, transpose, inner, factor)) is not None:
         return y
     w = arena(prod(shape), x.dtype, x.device).view(*shape)
     _serving(blockwise4_unpack_into, w)(*parts, w)
-    return _product(x, w, transpose)
+    y = _product(x, w, transpose)
+    if inner is not None and factor is not None:
+        flat = y.view(-1, y.shape[-1])
+        flat.addmm_(inner.reshape(-1, inner.shape[-1]), factor if transpose else factor.t())
+    return y
 
 
 @op(blockwise4_matmul)
-def _(x, codes, absmax, nested_absmax, nested_offset, kind, block, shape, transpose):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, codes, absmax, nested_absmax, nested_offset, kind, block, shape, transpose, inner=None, factor=None
+):
     return _product_like(x, shape, transpose)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import backend
 
 REFERENCES: dict[str, Callable[..., Any]] = {}
-LIBRARY = torch.library.Library("qtune", "DEF")  # noqa: TOR901  (lives as long as the process)
+LIBRARY = torch.library.Library("qtune", "DEF")
 
 
 def is_fp64(value: object) -> bool:

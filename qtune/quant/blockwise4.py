@@ -79,8 +79,16 @@ class Blockwise4(Scheme):
     def rows(self, ids: Tensor, parts: Parts, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.ops.qtune.blockwise4_rows(ids, *self._scales(parts), shape, dtype)
 
-    def matmul(self, x: Tensor, parts: Parts, shape: Sequence[int], transpose: bool) -> Tensor:
-        return torch.ops.qtune.blockwise4_matmul(x, *self._scales(parts), shape, transpose)
+    def matmul(
+        self,
+        x: Tensor,
+        parts: Parts,
+        shape: Sequence[int],
+        transpose: bool,
+        inner: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> Tensor:
+        return torch.ops.qtune.blockwise4_matmul(x, *self._scales(parts), shape, transpose, inner, factor)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops  # noqa: F401  (registers the ops)
-from .scheme import Layout, Parts, Scheme
+from .scheme import Layout, Parts, Scheme, plus
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,14 @@ class INT8(Scheme):
     def rows(self, ids: Tensor, parts: Parts, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.ops.qtune.int8_rows(ids, parts["codes"], parts["absmax"], dtype)
 
-    def matmul(self, x: Tensor, parts: Parts, shape: Sequence[int], transpose: bool) -> Tensor:
-        return torch.ops.qtune.int8_matmul(x, parts["codes"], parts["absmax"], transpose)
+    def matmul(
+        self,
+        x: Tensor,
+        parts: Parts,
+        shape: Sequence[int],
+        transpose: bool,
+        inner: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> Tensor:
+        y = torch.ops.qtune.int8_matmul(x, parts["codes"], parts["absmax"], transpose)
+        return plus(y, inner, factor, transpose)

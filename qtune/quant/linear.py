@@ -45,9 +45,8 @@ class _FrozenPlusLowRank(torch.autograd.Function):
         inner = torch.mm(x.reshape(-1, shape[1]), A.t()).mul_(scale)
         ctx.save_for_backward(x, packed, A, B, inner)
         ctx.scheme, ctx.shape, ctx.scale = scheme, shape, scale
-        y = scheme.matmul(x, views(scheme, packed, shape), shape, False)
-        y.view(-1, shape[0]).addmm_(inner, B.t())
-        return y
+        inner = inner.view(*x.shape[:-1], -1)
+        return scheme.matmul(x, views(scheme, packed, shape), shape, False, inner, B)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -57,8 +56,8 @@ class _FrozenPlusLowRank(torch.autograd.Function):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
             d_inner = torch.mm(rows, B).mul_(ctx.scale)
         if ctx.needs_input_grad[0]:
-            dx = ctx.scheme.matmul(dy, views(ctx.scheme, packed, ctx.shape), ctx.shape, True)
-            dx.view(-1, ctx.shape[1]).addmm_(d_inner, A)
+            parts, below = views(ctx.scheme, packed, ctx.shape), d_inner.view(*dy.shape[:-1], -1)
+            dx = ctx.scheme.matmul(dy, parts, ctx.shape, True, below, A)
         if ctx.needs_input_grad[4]:
             dA = torch.mm(d_inner.t(), x.reshape(-1, ctx.shape[1]))
         if ctx.needs_input_grad[5]:

@@ -65,10 +65,19 @@ class Scheme(ABC):
     def rows(self, ids: Tensor, parts: Parts, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """ids int64 [...] -> rows [..., in], without unpacking the others."""
 
-    def matmul(self, x: Tensor, parts: Parts, shape: Sequence[int], transpose: bool) -> Tensor:
-        """x [..., in] -> x W^T, or with `transpose` x [..., out] -> x W."""
+    def matmul(
+        self,
+        x: Tensor,
+        parts: Parts,
+        shape: Sequence[int],
+        transpose: bool,
+        inner: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> Tensor:
+        """x [..., in] -> x W^T, or with `transpose` x [..., out] -> x W. inner [..., r] and factor [out, r] add inner
+        factor^T; with `transpose` factor is [r, in], and inner factor is added."""
         w = self.unpack(parts, shape, x.dtype)
-        return x @ w if transpose else torch.nn.functional.linear(x, w)
+        return plus(x @ w if transpose else torch.nn.functional.linear(x, w), inner, factor, transpose)
 
     def largest(self) -> float:
         """The largest magnitude that the scheme can store."""
@@ -180,9 +189,25 @@ class Dense(Scheme):
     def rows(self, ids: Tensor, parts: Parts, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.nn.functional.embedding(ids, parts["weight"]).to(dtype)
 
-    def matmul(self, x: Tensor, parts: Parts, shape: Sequence[int], transpose: bool) -> Tensor:
+    def matmul(
+        self,
+        x: Tensor,
+        parts: Parts,
+        shape: Sequence[int],
+        transpose: bool,
+        inner: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> Tensor:
         w = parts["weight"].to(x.dtype)
-        return x @ w if transpose else torch.nn.functional.linear(x, w)
+        return plus(x @ w if transpose else torch.nn.functional.linear(x, w), inner, factor, transpose)
+
+
+def plus(y: Tensor, inner: Tensor | None, factor: Tensor | None, transpose: bool) -> Tensor:
+    """y [..., n], fresh, with inner factor^T (`transpose`: inner factor) added in place, if they are given."""
+    if inner is not None and factor is not None:
+        flat = y.view(-1, y.shape[-1])
+        flat.addmm_(inner.reshape(-1, inner.shape[-1]), factor if transpose else factor.t())
+    return y
 
 
 def scheme_from(value: str | Mapping[str, Any] | Scheme) -> Scheme:
