@@ -112,7 +112,8 @@ def kernels_table(rows: list[dict[str, Any]]) -> list[str]:
             table.append(f"| `{op}` | {own['shape']} | wrong result, not timed | | | |")
             continue
         del by["limit"]
-        times = {name: f"{row['p50_ms'] / own['p50_ms']:.2g} x" for name, row in by.items()}
+        ratios = {name: row["p50_ms"] / own["p50_ms"] for name, row in by.items()}
+        times = {name: f"{ratio:.{0 if ratio >= 10 else 1}f} x" for name, ratio in ratios.items()}
         reference = times.pop("reference", "")
         others = ", ".join(f"{name} {ratio}" for name, ratio in times.items())
         table.append(

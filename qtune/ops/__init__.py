@@ -5,7 +5,7 @@ from . import optim as optim
 from .attention import flash_attention
 from .hadamard import factor, fwht, hadamard_matrix
 from .layers import fused_rms_norm, fused_rotary, fused_swiglu
-from .packed import INT8_STEP, arena, block_scales
+from .packed import INT8_STEP, arena, block_scales, plus
 from .registry import REFERENCES
 from .sparse import sparse_linear
 
@@ -21,5 +21,6 @@ __all__ = [
     "fused_swiglu",
     "fwht",
     "hadamard_matrix",
+    "plus",
     "sparse_linear",
 ]

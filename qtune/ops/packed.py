@@ -213,6 +213,14 @@ def _product(x: Tensor, w: Tensor, transpose: bool) -> Tensor:
     return x @ w if transpose else torch.nn.functional.linear(x, w)
 
 
+def plus(y: Tensor, inner: Tensor | None, factor: Tensor | None, transpose: bool) -> Tensor:
+    """y [..., n], fresh, with inner factor^T (`transpose`: inner factor) added in place, if they are given."""
+    if inner is not None and factor is not None:
+        flat = y.view(-1, y.shape[-1])
+        flat.addmm_(inner.reshape(-1, inner.shape[-1]), factor if transpose else factor.t())
+    return y
+
+
 def _without_unpacking(name: str, x: Tensor, *rest: object) -> Tensor | None:
     """The product by a kernel that dequantizes inside of it, where there is one and it takes these arguments."""
     kernel = None if is_fp64(x) else backend.kernel(f"{name}_fused", x.device.type)
@@ -244,11 +252,7 @@ def blockwise4_matmul(
         return y
     w = arena(prod(shape), x.dtype, x.device).view(*shape)
     _serving(blockwise4_unpack_into, w)(*parts, w)
-    y = _product(x, w, transpose)
-    if inner is not None and factor is not None:
-        flat = y.view(-1, y.shape[-1])
-        flat.addmm_(inner.reshape(-1, inner.shape[-1]), factor if transpose else factor.t())
-    return y
+    return plus(_product(x, w, transpose), inner, factor, transpose)
 
 
 @op(blockwise4_matmul)

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import ops  # noqa: F401  (registers the ops)
-from .scheme import Layout, Parts, Scheme, plus
+from ..ops import plus
+from .scheme import Layout, Parts, Scheme
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QtuneError, one_of
+from ..ops import plus
 
 Parts = dict[str, Tensor]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -200,14 +201,6 @@ class Dense(Scheme):
     ) -> Tensor:
         w = parts["weight"].to(x.dtype)
         return plus(x @ w if transpose else torch.nn.functional.linear(x, w), inner, factor, transpose)
-
-
-def plus(y: Tensor, inner: Tensor | None, factor: Tensor | None, transpose: bool) -> Tensor:
-    """y [..., n], fresh, with inner factor^T (`transpose`: inner factor) added in place, if they are given."""
-    if inner is not None and factor is not None:
-        flat = y.view(-1, y.shape[-1])
-        flat.addmm_(inner.reshape(-1, inner.shape[-1]), factor if transpose else factor.t())
-    return y
 
 
 def scheme_from(value: str | Mapping[str, Any] | Scheme) -> Scheme:
