@@ -42,7 +42,8 @@ def _random(seed, block, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 def _nearest(state, middle, TINY: tl.constexpr, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """[rows, BLOCK] -> codes and absmax: the number of midpoints below a value's share of its block's absmax."""
     peak = tl.max(tl.abs(state), 1)
-    share = state * tl.div_rn(tl.zeros_like(peak) + 1.0, tl.maximum(peak, TINY))[:, None]
+    floor = tl.full(peak.shape, TINY, tl.float32)  # a bare TINY, below fp32's normal range, would be taken as fp64
+    share = state * tl.div_rn(tl.zeros_like(peak) + 1.0, tl.maximum(peak, floor))[:, None]
     share = tl.minimum(tl.maximum(share, -1.0), 1.0)
     code = tl.zeros(state.shape, tl.int32)
     for bit in tl.static_range(8):

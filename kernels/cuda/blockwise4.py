@@ -63,7 +63,8 @@ def _pack(  # type: ignore[no-untyped-def]
     x = tl.load(w + first * BLOCK + place, mask=(column < BLOCK) & (place < left), other=0.0).to(tl.float32)
     # as integers, of which NaN is the largest; below, comparisons that NaN fails: it gets the last code, as in torch
     peak = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-    floored = tl.where(peak < TINY, TINY, peak)
+    floor = tl.full((ROWS,), TINY, tl.float32)  # a bare TINY, below fp32's normal range, would be taken as fp64
+    floored = tl.where(peak < floor, floor, peak)
     full = left - tl.arange(0, ROWS) * BLOCK >= BLOCK
     # bitsandbytes multiplies by the reciprocal, but divides in the last, partial block and stores its floored absmax
     factor = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), floored)
