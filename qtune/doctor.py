@@ -69,6 +69,8 @@ def served() -> list[dict[str, Any]]:
             through, added = INSIDE[name]
             found = rows[through, device]
             why = found["why"] + added if found["provider"] == "kernel" else found["why"]
+            if device == "cpu" and found["provider"] == "kernel" and added and backend.simd("matmul") == "amx":
+                why = f"kernels/cpu/matmul.py in bf16, else {why}"
             row |= {"provider": found["provider"], "why": why, "written": found["written"]}
     return [row for (name, _), row in rows.items() if name not in inner]
 
@@ -102,7 +104,7 @@ def _print_ops(console: Console, rows: list[dict[str, Any]], speeds: dict[str, A
         table.add_column(column, justify="left" if column == "size" else "right", no_wrap=column != "size")
     for row in rows:
         kernel = row["provider"] == "kernel"
-        by = row["why"].removeprefix("kernels/").replace(".py", "") if kernel else row["provider"]
+        by = row["why"].replace("kernels/", "").replace(".py", "") if kernel else row["provider"]
         cells = []
         if speeds and (found := speeds["ops"].get(row["op"])):
             digits = 0 if found["rate"] >= 10 else 1
