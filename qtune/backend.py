@@ -69,6 +69,18 @@ def kernel(name: str, device_type: str) -> Callable[..., Any] | None:
         return _decided[key]
 
 
+def scratch(name: str, device_type: str) -> Callable[..., dict[str, int] | None] | None:
+    """What the kernel of op `name` takes beside its results, from the op's arguments on any device: {"temporary" or the
+    name of a buffer that it keeps: bytes}, None where it does not serve them; None for a kernel that takes nothing."""
+    if kernel(name, device_type) is None:
+        return None
+    for module in MODULES[device_type]:
+        found = getattr(import_module(f"qtune.kernels.{device_type}.{module}"), "SCRATCH", {})
+        if name in found:
+            return found[name]  # type: ignore[no-any-return]
+    return None
+
+
 def report(names: Iterable[str]) -> list[dict[str, Any]]:
     """Rows {op, device, provider, why, written} for every device type that qtune writes kernels for.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import QtuneError
+from .planner.command import options as plan_options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--from", dest="start_from", metavar="RUN", help="start from the adapter of another run (weights only)"
     )
     sub.add_argument("--overwrite", action="store_true", help="replace a run that lies in the output folder")
+
+    sub = command("plan", "Say what training will take, and whether it fits: from the model's configuration alone.")
+    plan_options(sub)
 
     sub = command("eval", "Loss, perplexity and accuracy of a run on its held-out data, or on other data.")
     sub.add_argument("run", metavar="RUN", help="folder of a run")
@@ -213,6 +217,12 @@ def _train(args: argparse.Namespace) -> None:
         raise SystemExit(130)
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from .planner.command import plan
+
+    plan(args, _screen(args), lambda value: _emit(args, value))
+
+
 def _eval(args: argparse.Namespace) -> None:
     from .adapters import enable_adapters
     from .data import load_data
@@ -342,6 +352,7 @@ def _quoted(path: object) -> str:
 
 COMMANDS = {
     "train": _train,
+    "plan": _plan,
     "eval": _eval,
     "merge": _merge,
     "export": _export,

@@ -8,6 +8,9 @@ from dataclasses import MISSING, Field, field
 from math import inf, isfinite
 from typing import Any
 
+from .errors import QtuneError
+from .units import parse_size
+
 Limits = Mapping[str, Any]
 
 
@@ -43,6 +46,7 @@ def legal(limits: Limits) -> str:
         "choice": ", ".join(limits.get("legal", ())),
         "device": "auto, cpu, mps, cuda, or cuda:0 and so on",
         "warmup": "a fraction >= 0 and < 1, or a whole number of steps",
+        "size": "a size such as 24GB or 7.5GiB",
         "betas": "a list of two numbers >= 0 and < 1",
         "scheme": "a scheme's name or {name: ..., options}",
         "adapter": "a method's name or {method: ..., targets: ..., options}",
@@ -117,6 +121,14 @@ def _betas(value: Any, limits: Limits) -> tuple[float, float]:
     return first, second
 
 
+def _size(value: Any, limits: Limits) -> str:
+    try:
+        parse_size(value)
+    except QtuneError as error:
+        raise ValueError(str(error).partition(";")[0]) from error
+    return str(value)
+
+
 READERS: dict[str, Callable[[Any, Limits], Any]] = {
     "text": _text,
     "file": _text,
@@ -127,4 +139,5 @@ READERS: dict[str, Callable[[Any, Limits], Any]] = {
     "device": _device,
     "warmup": _warmup,
     "betas": _betas,
+    "size": _size,
 }

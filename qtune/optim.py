@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .adapters import adapted_sites
 from .ops.optim import STATE_BLOCK
+from .recipe import TrainKeys
 
 SCHEDULES = ("constant", "linear", "cosine")
 SMALL = 4096  # values below which AdamW8 keeps fp32 states, as bitsandbytes does
 EPS = 1e-8
+FUSED = ("cpu", "cuda", "mps", "meta")  # where torch has AdamW in one kernel; on meta the planner's trace stands for it
 
 
 def lr_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
@@ -62,8 +65,8 @@ class AdamW:
         options = [
             {"params": tensors, "scale": scale, "weight_decay": decay} for (scale, decay), tensors in groups.items()
         ]
-        # one pass over memory in place of a dozen: a third of the time on a CPU
-        fused = all(wide.is_cpu for _, wide in self.pairs) or None
+        # one pass over memory in place of a dozen, and no temporaries of the parameters' size
+        fused = all(wide.device.type in FUSED and wide.dtype != torch.float64 for _, wide in self.pairs) or None
         self.inner = torch.optim.AdamW(options, lr=lr, betas=betas, eps=EPS, fused=fused) if options else None
 
     @property
@@ -161,3 +164,21 @@ class AdamW8(AdamW):
             if one.target is not one.parameter:
                 one.parameter.copy_(one.target)
         super().step(factor)
+
+
+def optimizer_of(model: nn.Module, keys: TrainKeys) -> AdamW:
+    """The optimizer that a recipe's `train` section asks for, over all trained parameters of an adapted model."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    scales = {
+        f"{site}.adapter.{name}": scale
+        for site, one in adapted_sites(model).items()
+        for name, scale in one.adapter.lr_scale().items()
+    }
+    if keys.optimizer == "adamw8":
+        return AdamW8(
+            named, lr=keys.lr, betas=keys.betas, weight_decay=keys.weight_decay, scales=scales, seed=keys.seed
+        )
+    return AdamW(
+        named, lr=keys.lr, betas=keys.betas, weight_decay=keys.weight_decay, scales=scales,
+        master_weights=keys.master_weights,
+    )  # fmt: skip

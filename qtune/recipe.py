@@ -81,6 +81,9 @@ class Recipe:
     adapter: AdapterSpec = key("adapter", "what is trained", factory=lambda: _resolved(AdapterSpec(METHOD)))  # noqa: RUF009
     data: DataKeys = field(default_factory=DataKeys)
     train: TrainKeys = field(default_factory=TrainKeys)
+    budget: str | None = key(
+        "size", "bytes that the run may take on its device; beyond it `train` does not start", None, null=True
+    )
     output: str | None = key("text", "folder of the run; required for training", None, null=True)
 
     @classmethod
@@ -118,6 +121,7 @@ class Recipe:
             "adapter": self.adapter.to_dict(),
             "data": asdict(self.data),
             "train": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.train).items()},
+            "budget": self.budget,
             "output": self.output,
         }
 

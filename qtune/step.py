@@ -82,15 +82,17 @@ class LanguageModel:
             hidden, batch.labels, self.head, self.config.get_text_config().vocab_size, self.transform
         )
 
-    def choose_attention(self, longest: int) -> str:
-        """On a CPU: our kernel where it runs; else, where no sequence is longer than SHORT, plain products.
+    def choose_attention(self, longest: int, device: torch.device | None = None) -> str:
+        """On a CPU: our kernel where it runs; else, where no sequence is longer than SHORT, plain products. device:
+        where the model will run, if it is not there yet.
 
         torch's fused CPU kernel has a slow backward, and for short sequences the scores that the plain form keeps are
         small. Returns what was chosen, in words; '' where the model keeps what it has.
         """
-        if use_own_attention(self.model):
+        device = device or next(self.model.parameters()).device
+        if use_own_attention(self.model, device):
             return "qtune's kernel"
-        if next(self.model.parameters()).device.type != "cpu" or longest > SHORT:
+        if device.type != "cpu" or longest > SHORT:
             return ""
         self.model.set_attn_implementation("eager")
         return f"plain products, no example has more than {SHORT} tokens"
@@ -139,6 +141,12 @@ class TrainStep:
     def __call__(self, batches: Sequence[BatchLike], step: int, steps: int, factor: float) -> StepResult:
         """One optimizer step, 1-based `step` of `steps`, at `factor` times the learning rate. Raises NonFinite before
         any weight changes."""
+        total, tokens, trained = self.gradients(batches)
+        norm = self.update(total, step, steps, factor)
+        return StepResult(total, norm, tokens, trained)
+
+    def gradients(self, batches: Sequence[BatchLike]) -> tuple[float, int, int]:
+        """First half of a step: the gradients of all micro-batches. Returns loss, tokens and trained tokens."""
         trained = sum(trained_tokens(batch.labels) for batch in batches)
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
         losses = []
@@ -146,14 +154,17 @@ class TrainStep:
             loss = self.model.loss_sum(batch) / max(1, trained)
             loss.backward()
             losses.append(loss.detach())
-        total = sum(loss.item() for loss in losses) + self._penalty()  # read here: reading waits for a GPU
+        return sum(loss.item() for loss in losses) + self._penalty(), tokens, trained  # reading waits for a GPU
+
+    def update(self, total: float, step: int, steps: int, factor: float) -> float:
+        """Second half: clip, optimizer, the method's own part. total: the loss. Returns the gradient's norm."""
         norm = float(self._grad_norm())
         if not (math.isfinite(total) and math.isfinite(norm)):
             self.optimizer.drop_gradients()
             raise NonFinite(f"step {step}: loss is {total}, gradient norm is {norm}")
         self.optimizer.step(factor)
         self.method.after_step(self.sites, step, steps)
-        return StepResult(total, norm, tokens, trained)
+        return norm
 
     def _penalty(self) -> float:
         terms = [term for adapter in self.sites.values() if (term := adapter.penalty()) is not None]

@@ -20,18 +20,19 @@ from typing import Any
 
 import torch
 
-from .adapters import adapt, adapted_sites
+from .adapters import adapt
 from .adapters.files import INFO, TENSORS, load_adapter, read_adapter_json, save_adapter
 from .data import Example, load_data, show_example, stream
 from .errors import QtuneError
 from .evaluate import EvalResult, evaluate
 from .model import load_tokenizer
-from .optim import AdamW, AdamW8, lr_factor
+from .optim import lr_factor, optimizer_of
 from .recipe import Recipe, TrainKeys
 from .runs import METRICS, RECIPE, anchored, load_base, pick_device, refuse_ranks
 from .safe_io import claim_folder, write_text
 from .screen import Screen, size
 from .step import LanguageModel, NonFinite, TrainStep
+from .units import parse_size
 
 SAVES = 10  # saves of the adapter in a run, where the recipe does not say
 
@@ -73,20 +74,7 @@ class Trainer:
         self.steps = steps_of(keys, len(examples))
         self.device = next(model.model.parameters()).device
         self.saved: int | None = None
-        named = [(n, p) for n, p in model.model.named_parameters() if p.requires_grad]
-        scales = {
-            f"{site}.adapter.{p}": s
-            for site, a in adapted_sites(model.model).items()
-            for p, s in a.adapter.lr_scale().items()
-        }
-        options: dict[str, Any] = {
-            "lr": keys.lr, "betas": keys.betas, "weight_decay": keys.weight_decay, "scales": scales
-        }  # fmt: skip
-        if keys.optimizer == "adamw8":
-            optimizer: AdamW = AdamW8(named, seed=keys.seed, **options)
-        else:
-            optimizer = AdamW(named, master_weights=keys.master_weights, **options)
-        self.train_step = TrainStep(model, optimizer, clip=keys.clip)
+        self.train_step = TrainStep(model, optimizer_of(model.model, keys), clip=keys.clip)
 
     def run(self) -> TrainResult:
         """All steps, with evaluation before (where asked), on the way and after. Raises NonFinite naming the last
@@ -248,6 +236,8 @@ def train(
     held_out = _examples(recipe, recipe.data.eval, tokenizer, screen) if recipe.data.eval else []
     screen.line("first example, what is trained marked:")
     screen.line(show_example(examples[0], tokenizer, colour=screen.console.is_terminal))
+    if recipe.budget is not None:
+        screen.line(_within_budget(recipe, recipe.budget, examples, screen))
     screen.title("Load")
     model, _ = load_base(recipe, screen, tokenizer=tokenizer)
     language = LanguageModel(model)
@@ -298,6 +288,19 @@ def _examples(recipe: Recipe, path: str, tokenizer: Any, screen: Screen) -> list
             "yellow",
         )
     return examples
+
+
+def _within_budget(recipe: Recipe, budget: str, examples: Sequence[Example], screen: Screen) -> str:
+    """The plan in a line. Raises QtuneError where its peak is beyond the budget, with what would fit."""
+    from .planner.devices import find_device  # planning imports much that other runs do not need
+    from .planner.fit import refuse_beyond
+    from .planner.request import Lengths
+
+    pairs = sorted(((len(example.input_ids), sum(example.trained)) for example in examples), reverse=True)
+    worst = Lengths(tuple(pairs)).worst(recipe.train.micro_batch, recipe.data.max_length)
+    device = find_device(str(pick_device(recipe.device)))
+    plan = refuse_beyond(recipe, parse_size(budget), device, shape=worst, screen=screen)
+    return f"plan  {size(plan.process)} of the budget of {budget}, for {plan.shape.source.removeprefix('data: ')}"
 
 
 def _claim(folder: Path, overwrite: bool) -> None:

@@ -26,6 +26,8 @@ from qtune.model.fused import _norm, fuse, unfuse, use_own_attention
 from qtune.quant import Dense
 from qtune.step import LanguageModel
 
+CPU = torch.device("cpu")
+
 # family -> twins of its two layers; what is missing has code of its own that ours does not know
 EXPECTED: dict[str, dict[str, int]] = {
     "llama": {"norm": 5, "mlp": 2, "rotary": 2},
@@ -174,7 +176,7 @@ def test_latent_attention_whose_values_are_narrower_than_its_keys(family: str, m
     fuse(model)
     monkeypatch.setattr(backend, "kernel", lambda name, device: None if name != "attention" else len)
     monkeypatch.setattr(backend, "simd", lambda module: "amx")
-    assert use_own_attention(model)
+    assert use_own_attention(model, CPU)
     assert torch.allclose(tiny.logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -193,19 +195,19 @@ def test_own_attention_under_autocast_is_torchs(monkeypatch: pytest.MonkeyPatch)
         theirs = tiny.logits(model)
         fuse(model)
         monkeypatch.setattr(backend, "simd", lambda module: "amx")
-        assert use_own_attention(model)
+        assert use_own_attention(model, CPU)
         assert 0 < (tiny.logits(model) - exact).norm() < 1.2 * (theirs - exact).norm()
 
 
 def test_own_attention_only_on_a_cpu_in_place_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")
     monkeypatch.setattr(backend, "kernel", lambda name, device: None)
-    assert not use_own_attention(model)
+    assert not use_own_attention(model, CPU)
     monkeypatch.setattr(backend, "kernel", lambda name, device: len)
     monkeypatch.setattr(backend, "simd", lambda module: "avx2")
-    assert not use_own_attention(model), "torch's is as fast there"
+    assert not use_own_attention(model, CPU), "torch's is as fast there"
     monkeypatch.setattr(backend, "simd", lambda module: "amx")
     eager = tiny.model("llama", attn_implementation="eager")
     eager.set_attn_implementation("eager")
-    assert not use_own_attention(eager)
-    assert use_own_attention(model) and model.config._attn_implementation == "qtune"
+    assert not use_own_attention(eager, CPU)
+    assert use_own_attention(model, CPU) and model.config._attn_implementation == "qtune"

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room imports rooms of earlier lines only; the modules of a package are one room.
 ORDER = (
     {"errors"},
+    {"units"},
     {"safe_io", "screen", "keys", "yaml_text", "tables"},
     {"kernels"},
     {"backend"},
@@ -289,7 +290,7 @@ def test_the_list_of_packages_is_the_tree() -> None:
     found = {module_of(path) for path in sources("qtune") if path.name == "__init__.py"}
     bare = [where(path, 1) for path in sources("qtune") if not (path.parent / "__init__.py").exists()]
     assert not bare, f"folders without an __init__.py are in no wheel: {bare}"
-    assert set(re.findall(r'"(.+?)"', listed[1])) == {*found, "qtune._kernels"}
+    assert set(re.findall(r'"(.+?)"', listed[1])) == {*found, "qtune._configs", "qtune._kernels"}
 
 
 @pytest.fixture(scope="session")
@@ -304,7 +305,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected() -> set[str]:
     """What a wheel must hold, by the names that the files have in the checkout."""
-    files = {path for path in committed() if path.is_relative_to(ROOT / "kernels")}
+    data = (ROOT / "kernels", ROOT / "configs" / "models")
+    files = {path for path in committed() if any(path.is_relative_to(folder) for folder in data)}
     files |= {*sources("qtune"), ROOT / "qtune" / "py.typed"}
     return {path.relative_to(ROOT).as_posix() for path in files}
 
@@ -312,7 +314,7 @@ def expected() -> set[str]:
 def test_wheel_is_whole_and_runs(copy: Path, tmp_path: Path) -> None:
     run(sys.executable, "-c", "import setuptools.build_meta as b; b.build_wheel('out')", cwd=copy)
     (wheel,) = (copy / "out").glob("*.whl")
-    held = {re.sub(r"^qtune/_kernels/", "kernels/", name) for name in zipfile.ZipFile(wheel).namelist()}
+    held = {re.sub(r"^qtune/_(kernels|configs)/", r"\1/", name) for name in zipfile.ZipFile(wheel).namelist()}
     assert expected() - held == set()
     assert not [name for name in held if re.match(r"kernels/.*__init__|tests/|benchmarks/", name)]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path)]
@@ -322,6 +324,9 @@ def test_wheel_is_whole_and_runs(copy: Path, tmp_path: Path) -> None:
     assert Path(file) == tmp_path / "qtune" / "__init__.py"
     assert version == qtune.__version__
     assert Path(folder) == tmp_path / "qtune" / "_kernels"
+    ask = "from qtune.planner import models as m; print(m.catalogue()['gpt2'], m.find_model('gpt2').parameters)"
+    path, parameters = run(sys.executable, "-c", ask, cwd=tmp_path, PYTHONPATH=str(tmp_path)).rsplit(maxsplit=1)
+    assert Path(path) == tmp_path / "qtune" / "_configs" / "models" / "gpt2.json" and parameters == "124439808"
 
 
 def test_sdist_is_whole(copy: Path) -> None:

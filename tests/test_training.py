@@ -229,7 +229,7 @@ def test_every_attention_is_the_same_attention(
         assert language.choose_attention(1000) == "qtune's kernel"
         assert model.config._attn_implementation == "qtune"
     else:
-        monkeypatch.setattr("qtune.step.use_own_attention", lambda model: False)
+        monkeypatch.setattr("qtune.step.use_own_attention", lambda model, device: False)
         assert not language.choose_attention(129) and "128" in language.choose_attention(128)
         assert model.config._attn_implementation == "eager"
     assert torch.allclose(language.loss_sum(b), torchs, rtol=1e-5)

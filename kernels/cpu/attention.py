@@ -138,4 +138,16 @@ def attention_backward(
     return results[0], results[1], results[2]
 
 
+def _scratch_of(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: Tensor | None, backward: bool) -> dict[str, int]:
+    """Bytes of the scratch; `_scratch` in the form that the planner asks in, for tensors on any device."""
+    numbers, threads, size = _numbers(q, k, v, dout, mask), torch.get_num_threads(), ctypes.c_int64()
+    how = DTYPES[q.dtype], mask is not None, backward, threads, simd_number("auto")
+    LIBRARY.call("qtune_attention_scratch", numbers, *how, ctypes.byref(size))
+    return {"temporary": size.value}
+
+
 KERNELS: dict[str, Callable[..., Any]] = {"attention": attention, "attention_backward": attention_backward}
+SCRATCH: dict[str, Callable[..., dict[str, int]]] = {
+    "attention": lambda q, k, v, mask, causal, scale: _scratch_of(q, k, v, q, mask, False),
+    "attention_backward": lambda dout, q, k, v, out, lse, mask, causal, scale: _scratch_of(q, k, v, dout, mask, True),
+}

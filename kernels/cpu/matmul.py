@@ -181,6 +181,37 @@ def int8_matmul_fused(x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool)
     return _product(scaled, "int8", codes.shape, True, 1, sources)
 
 
+def _scratch_of(x: Tensor, shape: Sequence[int], transpose: bool, form: str, block: int, rank: int) -> dict[str, int]:
+    """Bytes of the scratch, kept up to KEPT a thread, for tensors on any device."""
+    long, wide = shape if transpose else (shape[1], shape[0])
+    threads, size = torch.get_num_threads(), ctypes.c_int64()
+    numbers = (ctypes.c_int64 * 7)(x.numel() // long, long, wide, rank, FORMS[form], block, transpose)
+    LIBRARY.call("qtune_matmul_scratch", numbers, threads, ctypes.byref(size))
+    copy = 0 if x.is_contiguous() else x.numel() * x.element_size()
+    if size.value <= KEPT * threads:
+        return {"matmul": size.value, "temporary": copy}
+    return {"temporary": size.value + copy}
+
+
+def _blockwise4_scratch(
+    x: Tensor, codes: Any, absmax: Any, nested: Any, offset: Any, kind: str, block: int, shape: Sequence[int],
+    transpose: bool, inner: Tensor | None = None, factor: Tensor | None = None,
+) -> dict[str, int] | None:  # fmt: skip
+    if not _serves(x, shape, transpose) or block % STEP or block <= 0 or shape[1] % block:
+        return None
+    return _scratch_of(x, shape, transpose, "blockwise4", block, 0 if inner is None else inner.shape[-1])
+
+
+def _int8_scratch(x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool) -> dict[str, int] | None:
+    if not _serves(x, codes.shape, transpose) or codes.shape[1] % STEP:
+        return None
+    return _scratch_of(x, codes.shape, transpose, "int8", 1, 0)
+
+
+SCRATCH: dict[str, Callable[..., dict[str, int] | None]] = {
+    "blockwise4_matmul_fused": _blockwise4_scratch,
+    "int8_matmul_fused": _int8_scratch,
+}
 KERNELS: dict[str, Callable[..., Any]] = {
     "blockwise4_matmul_fused": blockwise4_matmul_fused,
     "int8_matmul_fused": int8_matmul_fused,

@@ -38,9 +38,7 @@ def save_adapter(model: nn.Module, spec: AdapterSpec, folder: str | Path, base_i
     sites = adapted_sites(model)
     if not sites:
         raise QtuneError("this model carries no adapter to save")
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in _state(sites, getattr(model, SHARED, None)).items()
-    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in adapter_tensors(model).items()}
     content = safetensors.torch.save(tensors, {"format": "pt"})
     info = {
         "format": FORMAT,
@@ -56,6 +54,11 @@ def save_adapter(model: nn.Module, spec: AdapterSpec, folder: str | Path, base_i
     with replacing(folder / TENSORS) as file:
         file.write(content)
     write_json(folder / INFO, info)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name in the file -> parameter or buffer of the adapter that `model` carries."""
+    return _state(adapted_sites(model), getattr(model, SHARED, None))
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, other_base: bool = False) -> dict[str, Adapted]:

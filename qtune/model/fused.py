@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from .. import backend
 from ..ops import REFERENCES, flash_attention, fused_rms_norm, fused_rotary, fused_swiglu
+from ..quant.linear import autocast
 
 FAST = ("avx512", "avx512_bf16", "amx")  # paths of our attention kernel that beat torch's
 LARGEST = 256  # head size that it takes
@@ -173,14 +174,13 @@ def _random(*shape: int) -> Tensor:
 # ---- attention
 
 
-def use_own_attention(model: PreTrainedModel) -> bool:
-    """On a CPU with AVX-512, take our attention kernel in place of torch's fused one. Returns whether it was done.
+def use_own_attention(model: PreTrainedModel, device: torch.device) -> bool:
+    """On a CPU (device) with AVX-512, take our attention kernel in place of torch's fused one. Returns whether it was done.
 
     Without AVX-512 torch's is as fast beyond short sequences. A model that was not going to use torch's (for it does
     something more: soft-capping, sinks) keeps what it has.
     """
-    device = next(model.parameters()).device.type
-    if device != "cpu" or model.config._attn_implementation != "sdpa" or not backend.kernel("attention", device):
+    if device.type != "cpu" or model.config._attn_implementation != "sdpa" or not backend.kernel("attention", "cpu"):
         return False
     if backend.simd("attention") not in FAST:
         return False
@@ -188,13 +188,6 @@ def use_own_attention(model: PreTrainedModel) -> bool:
     AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])
     model.set_attn_implementation(ATTENTION)
     return True
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x as torch's attention would take it: autocast does not know ours."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _attention(
@@ -223,5 +216,5 @@ def _attention(
     if causal and key.shape[2] > query.shape[2]:  # the places of a static cache that are not filled yet
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = (_autocast(x).transpose(1, 2) for x in (query, key, value))
+    q, k, v = (autocast(x).transpose(1, 2) for x in (query, key, value))
     return flash_attention(q, k, v, attention_mask, causal, scale), None

@@ -8,7 +8,6 @@ ever held in a higher precision.
 from __future__ import annotations
 
 import ctypes
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from ..checkpoint import Piece, faults_error
 from ..errors import QtuneError
 from ..quant import Dense, QuantEmbedding, QuantLinear, Scheme
 from . import names
-from .skeleton import Origin, compute_buffers, dense_experts, empty, replace
+from .skeleton import Origin, compute_buffers, dense_experts, dtypes_of, empty, replace
 from .source import Source, open_source
 
 TRIM_BYTES = 64_000_000  # of checkpoint read between two calls of malloc_trim
@@ -57,22 +56,36 @@ def load(
     skeleton = empty(source.config, dtype)
     compute_buffers(skeleton)
     found = names.plan(source, skeleton)
-    ties = _ties(skeleton, found)
+    ties = ties_of(skeleton, found)
     faults = names.check(found, skeleton, ties) + _scheme_faults(found, scheme, embeddings)
     if faults:
         raise faults_error(f"cannot load {source.name}", faults)
     scheme = scheme or found.stored
     embeddings = embeddings or found.stored_embeddings
     assert scheme is not None
-    plain = _dtypes(skeleton, dtype)
-    _swap(skeleton, found, scheme, embeddings, dtype)
-    _Fill(skeleton, plain, torch.device(device), on_weight).all(found.pieces, source.name, progress)
-    _finish(skeleton, ties, torch.device(device))
+    fill = prepare(skeleton, found, scheme, embeddings, dtype, device, on_weight)
+    fill.all(found.pieces, source.name, progress)
+    finish(skeleton, ties, torch.device(device))
     origin = Origin(source.name, scheme, embeddings, dtype, source.kind, source.notes + found.notes)
     _warn_of_experts(skeleton, origin)
     skeleton.qtune = origin  # type: ignore[assignment]
     _generation(skeleton, source)
     return skeleton
+
+
+def prepare(
+    skeleton: PreTrainedModel,
+    found: names.Pieces,
+    scheme: Scheme,
+    embeddings: Scheme | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    on_weight: OnWeight | None = None,
+) -> Fill:
+    """Replace the layers of an unpacked skeleton by packed ones, in place; returns what fills it, piece by piece."""
+    plain = dtypes_of(skeleton, dtype)
+    _swap(skeleton, found, scheme, embeddings, dtype)
+    return Fill(skeleton, plain, torch.device(device), on_weight)
 
 
 def _scheme_faults(found: names.Pieces, scheme: Scheme | None, embeddings: Scheme | None) -> list[str]:
@@ -90,7 +103,7 @@ def _scheme_faults(found: names.Pieces, scheme: Scheme | None, embeddings: Schem
     return faults
 
 
-def _ties(model: PreTrainedModel, found: names.Pieces) -> dict[str, str]:
+def ties_of(model: PreTrainedModel, found: names.Pieces) -> dict[str, str]:
     """Tied name -> the name it shares. Where the file holds both: equal ones stay tied, the second is not read; others
     are untied."""
     by_name = {name: piece for piece in found.pieces for name in piece.targets if len(piece.targets) == 1}
@@ -117,16 +130,6 @@ def _same(a: Piece, b: Piece) -> bool:
     return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(mine, other, strict=True))
 
 
-def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Name -> dtype of every tensor that stays plain: the skeleton's, or fp32 where transformers insists on it."""
-    plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
-    rules = [(re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in plan.items()]
-    return {
-        name: next((kept for rule, kept in rules if rule.search(name)), t.dtype)
-        for name, t in model.state_dict().items()
-    }
-
-
 def _swap(
     model: PreTrainedModel, found: names.Pieces, scheme: Scheme, embeddings: Scheme | None, dtype: torch.dtype
 ) -> None:
@@ -141,7 +144,7 @@ def _swap(
     )
 
 
-class _Fill:
+class Fill:
     """Fills the tensors of a skeleton, one piece at a time."""
 
     def __init__(
@@ -233,7 +236,7 @@ def give_back() -> None:
         trim(0)
 
 
-def _finish(model: PreTrainedModel, ties: dict[str, str], device: torch.device) -> None:
+def finish(model: PreTrainedModel, ties: dict[str, str], device: torch.device) -> None:
     """Share tied tensors, move computed buffers, and make sure that nothing was forgotten."""
     packed = {name: owner for name, owner in ties.items() if isinstance(_module(model, owner), QuantEmbedding)}
     for name, owner in ties.items():

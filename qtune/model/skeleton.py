@@ -48,8 +48,27 @@ def build(
     """The packed model of `config` on the meta device, as `load` would fill it: for planning. Buffers are on meta,
     too."""
     model = empty(config, dtype)
+    plain = dtypes_of(model, dtype)
+    ties = dict(model.all_tied_weights_keys)
     replace(model, lambda site: scheme, embeddings, dtype)
+    for name, parameter in list(model.named_parameters()):
+        if name in plain and parameter.dtype != plain[name]:
+            parameter.data = parameter.data.to(plain[name])
+    for name, owner in ties.items():
+        table, tied = (model.get_submodule(n.rpartition(".")[0]) for n in (owner, name))
+        if isinstance(table, QuantEmbedding):
+            tied.packed = table.packed
     return model
+
+
+def dtypes_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name -> dtype of every tensor that stays plain: the skeleton's, or fp32 where transformers insists on it."""
+    plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
+    rules = [(re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in plan.items()]
+    return {
+        name: next((kept for rule, kept in rules if rule.search(name)), t.dtype)
+        for name, t in model.state_dict().items()
+    }
 
 
 # ---- buffers ----

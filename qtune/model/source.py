@@ -65,17 +65,21 @@ def open_source(model: str | Path) -> Source:
                 f"{path} is a file, but no .gguf; "
                 "give a folder with config.json and safetensors files, a .gguf file or a hub id"
             )
-        return _gguf(path)
+        return read_gguf(path)
     if path.is_dir():
-        return _folder(path, str(model))
-    return _folder(_download(str(model)), str(model))
+        return read_folder(path, str(model))
+    return read_folder(_download(str(model)), str(model))
+
+
+def looks_like_hub_id(model: str) -> bool:
+    """owner/name, and no path."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".gguf")
 
 
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or model.endswith(".gguf")
-    if looks_local:
+    if not looks_like_hub_id(model):
         raise QtuneError(f"there is no file or folder {model!r}, and it is no hub id (owner/name)")
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT))
@@ -87,14 +91,15 @@ def _download(model: str) -> Path:
         ) from error
 
 
-def _folder(folder: Path, name: str) -> Source:
+def read_folder(folder: Path, name: str, *, weights: bool = True) -> Source:
+    """The checkpoint in a folder; without `weights` its configuration is enough, and `stem` means nothing."""
     config = _json(folder / "config.json")
     packed = config.get("qtune") or {}
-    stem, faults = _weights(folder, packed)
+    stem, faults = _weights(folder, packed) if weights else ("", [])
     faults += _config_faults(config, packed)
     if faults:
         raise faults_error(f"cannot load {name}", faults)
-    known = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    known = _known_config(folder, name)
     notes = []
     if config.get("auto_map"):
         notes.append("config.json names code of its own (auto_map); it was not run, transformers' own class serves")
@@ -103,6 +108,16 @@ def _folder(folder: Path, name: str) -> Source:
         if hasattr(known, leftover):
             delattr(known, leftover)
     return Source(name, folder, kind, known, stem, packed=packed, notes=notes)
+
+
+def _known_config(folder: Path, name: str) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # what a value of the wrong kind raises differs from class to class
+        reason = " ".join(str(error).split())[:300]
+        raise QtuneError(
+            f"cannot load {name}: transformers {transformers.__version__} refuses its config.json: {reason}"
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -160,7 +175,8 @@ def _config_faults(config: dict[str, Any], packed: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _gguf(path: Path) -> Source:
+def read_gguf(path: Path) -> Source:
+    """The model that a GGUF file describes; no tensor is read."""
     file = GGUF(path)
     with tempfile.TemporaryDirectory() as folder:
         file.write_header(Path(folder) / "header.gguf")

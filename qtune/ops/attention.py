@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import is_fp64, op
+from .. import backend
+from .registry import Scratch, is_fp64, op
 
 CHUNK = 1 << 22  # scores that a reference holds at a time
 
@@ -75,7 +76,12 @@ def attention(
     return out, lse
 
 
-@op(attention)
+def _kernels_own(name: str, device_type: str, q: Tensor, *rest: Any) -> Scratch:
+    sizes = None if is_fp64(q) else backend.scratch(name, device_type)
+    return (sizes(q, *rest) if sizes else None) or {}
+
+
+@op(attention, scratch=lambda device_type, *args: _kernels_own("attention", device_type, *args))
 def _(q, k, v, mask, causal, scale):  # type: ignore[no-untyped-def]
     (B, T, H, _), kind = q.shape, torch.float64 if is_fp64(q) else torch.float32
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=kind)
@@ -114,7 +120,7 @@ def attention_backward(
     return dq, dk.transpose(1, 2).to(k.dtype).contiguous(), dv.transpose(1, 2).to(v.dtype).contiguous()
 
 
-@op(attention_backward)
+@op(attention_backward, scratch=lambda device_type, *args: _kernels_own("attention_backward", device_type, *args))
 def _(dout, q, k, v, out, lse, mask, causal, scale):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 

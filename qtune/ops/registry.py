@@ -14,7 +14,9 @@ from torch import Tensor
 
 from .. import backend
 
+Scratch = dict[str, int]  # bytes that an op takes beside its results: `temporary`, or a kept buffer's name and its size
 REFERENCES: dict[str, Callable[..., Any]] = {}
+SCRATCH: dict[str, Callable[..., Scratch]] = {}  # op -> (device type, its arguments) -> what its kernel there takes
 LIBRARY = torch.library.Library("qtune", "DEF")
 
 
@@ -23,13 +25,18 @@ def is_fp64(value: object) -> bool:
     return value is torch.float64 or (isinstance(value, Tensor) and value.dtype == torch.float64)
 
 
-def op(reference: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+def op(
+    reference: Callable[..., Any], mutates: tuple[str, ...] = (), scratch: Callable[..., Scratch] | None = None
+) -> Callable[[Callable[..., Any]], Any]:
     """Register `qtune::<name>`: the decorated function is its shape function, `reference` its meaning.
 
-    mutates: names of the arguments that it writes into. A kernel may serve the op in place of the reference:
+    mutates: names of the arguments that it writes into. scratch(device type, *arguments): the memory that its kernel
+    takes while it runs, for the planner; without it, none. A kernel may serve the op in place of the reference:
     `backend.kernel` decides once per (op, device type). No op has a gradient: autograd is its caller's.
     """
     name = reference.__name__
+    if scratch is not None:
+        SCRATCH[name] = scratch
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
     names = list(reference.__code__.co_varnames[: reference.__code__.co_argcount])
     written = [names.index(argument) for argument in mutates]

@@ -65,8 +65,9 @@ class _FrozenPlusLowRank(torch.autograd.Function):
         return dx, None, None, None, dA, dB, None
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """x as nn.Linear would take it: inside of an op, autocast would change the product's dtype unseen by its fake."""
+def autocast(x: Tensor) -> Tensor:
+    """x as torch's own products and attention would take it: inside of an op, autocast would change the dtype unseen by
+    its fake."""
     kind = x.device.type
     # "meta" is no device of autocast's: asking for it raises
     if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
@@ -153,7 +154,7 @@ class QuantLinear(_Packed):
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] -> x W^T [..., out], without the bias; in x's dtype, under autocast in autocast's."""
-        return _FrozenMatmul.apply(_autocast(x), self.packed, self.scheme, self.shape)
+        return _FrozenMatmul.apply(autocast(x), self.packed, self.scheme, self.shape)
 
     def product_plus(self, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """x [..., in], A [rank, in], B [out, rank] -> x W^T + scale x A^T B^T [..., out], without the bias.
@@ -161,7 +162,7 @@ class QuantLinear(_Packed):
         A and B get gradients; what is kept for the backward is x, A, B and x A^T. All in x's dtype, under autocast in
         autocast's.
         """
-        x = _autocast(x)
+        x = autocast(x)
         return _FrozenPlusLowRank.apply(x, self.packed, self.scheme, self.shape, A.to(x.dtype), B.to(x.dtype), scale)
 
     def shift(self, y: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""Costs: what the ops of a trace compute and move, for the time estimate; by segment, class of op and dtype.
+
+A multiply-add counts 2. Bytes are those of all tensors that an op reads and writes. A product with a packed weight also
+counts, as `unpack`, the dense copy that is written and read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+Key = tuple[int, str, str]  # segment, class, dtype
+Made = Sequence[Tensor]
+JOINED = -1  # the segment of what was traced apart: forward and backward of a step's micro-batches
+
+
+class Costs:
+    """rows: (segment, class, dtype) -> [flops, bytes, launches]."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Key, list[int]] = {}
+
+    def add(self, segment: int, op: str, args: tuple[Any, ...], made: Made) -> None:
+        """Count one call of an op with these arguments and results."""
+        name = op.partition(".")[0]
+        made = [t for t in made if isinstance(t, Tensor)]
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
+        if not (tensors or made):
+            return
+        kind, flops = FLOPS.get(name, (_kind(name), None))
+        dtype = str((made or tensors)[0].dtype).removeprefix("torch.")
+        nbytes = sum(t.numel() * t.element_size() for t in (*tensors, *made))
+        self._count((segment, kind, dtype), flops(args, made) if flops else 0, nbytes)
+        if name in UNPACKED:
+            dense = UNPACKED[name](args) * args[0].element_size()
+            self._count((segment, "unpack", dtype), 0, 2 * dense)
+
+    def join(self, other: Costs) -> None:
+        """Add another trace's costs, all to the segment JOINED."""
+        for (_, kind, dtype), (flops, nbytes, launches) in other.rows.items():
+            self._count((JOINED, kind, dtype), flops, nbytes, launches)
+
+    def _count(self, key: Key, flops: int, nbytes: int, launches: int = 1) -> None:
+        row = self.rows.setdefault(key, [0, 0, 0])
+        row[0] += flops
+        row[1] += nbytes
+        row[2] += launches
+
+
+def _kind(name: str) -> str:
+    return "optimizer" if "adam" in name else "elementwise"
+
+
+def _mm(args: Any, made: Made) -> int:
+    """[..., m, k] times [..., k, n]: the result has m n values a matrix."""
+    return 2 * made[0].numel() * args[0].shape[-1]
+
+
+def _addmm(args: Any, made: Made) -> int:
+    return 2 * args[0].numel() * args[1].shape[-1]
+
+
+def _packed(args: Any, made: Made) -> int:
+    """x [tokens, k] times a packed W, which is k x n or n x k."""
+    low = 2 * args[9].shape[-1] * made[0].numel() if len(args) > 9 and args[9] is not None else 0
+    return 2 * args[0].numel() * made[0].shape[-1] + low
+
+
+def _attention(products: int, query: int) -> Callable[[Any, Made], int]:
+    """Products of [T, D] with [S, D] a head; causal kernels leave out half of them."""
+
+    def flops(args: Any, made: Made) -> int:
+        q, k = args[query], args[query + 1]
+        seen = k.shape[1] if query == 0 and q.dim() == 4 and args[query].shape[1] != k.shape[1] else max(k.shape[1:3])
+        return products * q.numel() * seen  # 2 for multiply and add, half of it unseen
+
+    return flops
+
+
+FLOPS: dict[str, tuple[str, Callable[[Any, Made], int]]] = {
+    "aten::mm": ("mm", _mm),
+    "aten::bmm": ("mm", _mm),
+    "aten::addmm": ("mm", lambda args, made: 2 * made[0].numel() * args[1].shape[-1]),
+    "aten::addmm_": ("mm", _addmm),
+    "aten::_grouped_mm": ("mm", _mm),
+    "qtune::blockwise4_matmul": ("mm", _packed),
+    "qtune::int8_matmul": ("mm", lambda args, made: 2 * args[0].numel() * made[0].shape[-1]),
+    "qtune::attention": ("attention", _attention(2, 0)),
+    "qtune::attention_backward": ("attention", _attention(5, 1)),
+    **{
+        f"aten::_scaled_dot_product_{kind}": ("attention", _attention(2, 0))
+        for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention")
+    },
+    **{
+        f"aten::_scaled_dot_product_{kind}_backward": ("attention", _attention(5, 1))
+        for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention")
+    },
+}
+UNPACKED: dict[str, Callable[[Any], int]] = {
+    "qtune::blockwise4_matmul": lambda args: prod(args[7]),
+    "qtune::int8_matmul": lambda args: int(args[1].numel()),
+}

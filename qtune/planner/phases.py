@@ -1,0 +1,367 @@
+"""Phases: what a job takes outside of its training steps, by running the very code of each on meta under the Tracer.
+
+Loading, the adapter's start and merging do the same for every layer of a kind, so one of each is traced and its events
+are put together for all. Device bytes are of the process, as the plan's; host bytes are those beside a GPU. Pages of
+mapped files are not counted: the system drops them when it needs the memory. Left out: the tokenizer, the examples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..adapters import adapted_sites
+from ..adapters.files import FORMAT, adapter_tensors
+from ..checkpoint import NAMES
+from ..export import PROMPT_TOKENS, PROMPTS, merged_entries
+from ..model.loading import Fill, prepare
+from ..model.skeleton import empty
+from ..quant.scheme import DTYPES
+from ..screen import size
+from ..verify import in_dtype
+from .allocator import peak_allocated, replay
+from .devices import Device, workspaces
+from .layers import cut, pattern
+from .plan import Phase, Plan, maker
+from .published import MetaFile, published
+from .runtime import host_runtime, process_bytes
+from .standins import answers, on_meta, scratch_on
+from .step_trace import MetaBatch, _language
+from .trace import Trace, Tracer, without_collector
+
+MERGED = torch.bfloat16  # the dtype that `qtune merge` writes where it is not told another
+
+
+def phases_of(plan: Plan) -> tuple[Phase, ...]:
+    """Every phase of the plan's job, in order of time."""
+    model = maker(plan.model, plan.recipe)()
+    loading = loading_of(plan)
+    start, save, merging = start_phase(plan, model), save_phase(plan, model), Merging(plan, model)
+    cut(model, pattern(model))  # from here on few layers do
+    merge = merging.phase(model)  # before the model's modules become faster twins, which merging does without
+    evaluate = evaluate_phase(plan, model)
+    return (*_download(plan, loading), load_phase(plan, loading), start, _train_phase(plan), evaluate, save, merge)
+
+
+# ---- blocks put together
+
+
+class Timeline:
+    """Births and releases of a phase, put together from pieces of traces."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.events: list[int] = []
+        self.buffers: dict[str, int] = {}
+
+    def born(self, nbytes: int) -> int:
+        """A block that stays until `gone`."""
+        self.sizes.append(nbytes)
+        self.events.append(len(self.sizes) - 1)
+        return len(self.sizes) - 1
+
+    def gone(self, blocks: Iterable[int]) -> None:
+        """These are released."""
+        self.events += [~block for block in blocks]
+
+    def insert(self, trace: Trace, first: int = 0) -> list[int]:
+        """The events of a trace from number `first` on. A kept buffer is there once. Returns what is still alive."""
+        moved: dict[int, int] = {}
+        for event in trace.events[first:]:
+            block = event if event >= 0 else ~event
+            if event >= 0:
+                if trace.kinds[block] == "buffer":
+                    self._buffer(trace.ops[block], trace.sizes[block])
+                else:
+                    moved[block] = self.born(trace.sizes[block])
+            elif block in moved:
+                self.gone([moved.pop(block)])
+        return list(moved.values())
+
+    def _buffer(self, name: str, nbytes: int) -> None:
+        """A kept buffer, which only grows."""
+        old = self.buffers.get(name)
+        if old is not None and self.sizes[old] >= nbytes:
+            return
+        if old is not None:
+            self.gone([old])
+        self.buffers[name] = self.born(nbytes)
+
+    def peak(self, device: Device, threads: int = 0) -> int:
+        """Bytes of the process at the peak. threads: that multiply, each with a workspace of cuBLAS."""
+        if device.kind == "cuda":
+            space = [workspaces(device, threads)] if threads else []
+            sizes = [*self.sizes, *space]
+            events = [*range(len(self.sizes), len(sizes)), *self.events]
+            return replay(sizes, events).reserved + process_bytes(device)
+        return peak_allocated(self.sizes, self.events, 1)[0] + process_bytes(device)
+
+
+def _tracer(plan: Plan, devices: tuple[str, ...] | None = None, answer: Any = None) -> Tracer:
+    counted = devices or (("meta", "cpu") if plan.device.kind == "cpu" else ("meta",))
+    return Tracer(counted, scratch=scratch_on(plan.device), answer=answer)
+
+
+def _host(plan: Plan, held: int) -> int:
+    """Host bytes of a process with `held` bytes of its own; on a CPU they are in the device's column."""
+    return host_runtime().nbytes + held if plan.device.kind == "cuda" else 0
+
+
+# ---- before training
+
+
+def _download(plan: Plan, loading: Loading) -> Iterable[Phase]:
+    """The base as published, where it is not on this machine as a folder or file."""
+    if Path(plan.recipe.model).expanduser().exists():
+        return ()
+    return (Phase("download", 0, 0, loading.published, "the base in bf16, if it is not in the hub's cache"),)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The loader's births and releases. host: bytes that reading took beside them; largest: the piece that took most
+    beside what stays; published: bytes of the checkpoint in bf16."""
+
+    timeline: Timeline
+    host: int
+    largest: str
+    published: int
+
+
+def load_phase(plan: Plan, loading: Loading | None = None) -> Phase:
+    """Load and quantize: every weight is read, copied to a GPU, packed and dropped."""
+    loading = loading or loading_of(plan)
+    note = f"packed so far, and {loading.largest} while it is packed"
+    return Phase("load and quantize", loading.timeline.peak(plan.device), _host(plan, loading.host), 0, note)
+
+
+def loading_of(plan: Plan) -> Loading:
+    """The loader's own filling, piece by piece in its order; one piece of each kind is traced."""
+    recipe, dtype = plan.recipe, DTYPES[plan.recipe.dtype]
+    skeleton: Any = empty(plan.model.config, dtype)
+    gguf = recipe.model.lower().endswith(".gguf")
+    stored = torch.float32 if gguf else _stored(plan.model.config)
+    fill: Fill
+    read = MetaFile(
+        stored, fresh=gguf, on_device=plan.device.kind == "cpu", packed=lambda name: fill.site(name) is not None
+    )
+    found = published(skeleton, read)
+    fill = prepare(skeleton, found, recipe.scheme, recipe.embeddings, dtype, "meta")
+    timeline, most, largest = Timeline(), -1, ""
+    traced: dict[Any, Trace] = {}
+    with without_collector(), torch.no_grad():
+        for piece in found.pieces:
+            layer, shape = fill.site(piece.source), piece.targets[piece.source]
+            key = (type(layer), getattr(layer, "scheme", None), shape, fill.dtypes[piece.source])
+            if key not in traced:
+                tracer = _tracer(plan)
+                with tracer:
+                    fill.piece(piece)
+                traced[key] = tracer.stop()
+            staying = timeline.insert(traced[key])
+            extra = traced[key].peak()[0] - sum(timeline.sizes[block] for block in staying)
+            if extra > most:
+                most, largest = extra, piece.source
+    nbytes = sum(2 * prod(shape) for piece in found.pieces for shape in piece.targets.values())
+    return Loading(timeline, read.host, largest, nbytes)
+
+
+def _stored(config: Any) -> torch.dtype:
+    """The dtype of the published weights, as config.json says; bf16 where it does not."""
+    given = getattr(config, "dtype", None)
+    given = DTYPES.get(given) if isinstance(given, str) else given
+    return given if isinstance(given, torch.dtype) else torch.bfloat16
+
+
+def start_phase(plan: Plan, whole: nn.Module) -> Phase:
+    """Adapter start: first values, drawn on the CPU."""
+    timeline, drawn = Timeline(), Timeline()
+    for parameter in _unique(whole):
+        timeline.born(_nbytes(parameter))
+    traced: dict[Any, tuple[Trace, Trace]] = {}
+    with without_collector(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        for site in adapted_sites(whole).values():
+            key = (site.base.shape, site.base.scheme)
+            if key not in traced:
+                traced[key] = _reset(plan, site, None), _reset(plan, site, ("cpu",))
+            timeline.gone(timeline.insert(traced[key][0]))
+            drawn.gone(drawn.insert(traced[key][1]))
+    extra = peak_allocated(timeline.sizes, timeline.events, 1)[0] - sum(map(_nbytes, _unique(whole)))
+    note = f"first values, {size(extra)} beside the model"
+    host = peak_allocated(drawn.sizes, drawn.events, 1)[0]
+    return Phase("adapter start", timeline.peak(plan.device), _host(plan, host), 0, note)
+
+
+def _reset(plan: Plan, site: Any, devices: tuple[str, ...] | None) -> Trace:
+    tracer = _tracer(plan, devices)
+    with tracer:
+        site.adapter.reset(site.base)
+    return tracer.stop()
+
+
+def _unique(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# ---- training
+
+
+def _train_phase(plan: Plan) -> Phase:
+    note = str(plan.moment) if plan.moment.layer is None else f"{plan.moment.part} pass"
+    return Phase("train", plan.process, _host(plan, 0), 0, note)
+
+
+def evaluate_phase(plan: Plan, few: Any) -> Phase:
+    """Evaluate: the loss of a micro-batch without a backward, beside what training left: the optimizer's states too.
+
+    few: the model on meta, its layers cut to few: a forward that keeps nothing takes the same for any number.
+    """
+    timeline, trace = Timeline(), plan.trace
+    assert trace is not None
+    for block in trace.alive(len(trace.events) - 1):
+        new = timeline.born(trace.sizes[block])
+        if trace.kinds[block] == "buffer":
+            timeline.buffers[trace.ops[block]] = new
+    timeline.insert(*evaluate_trace(plan, few))
+    note = "no backward; where the answers are a choice, rows times answers"
+    return Phase("evaluate", timeline.peak(plan.device), _host(plan, 0), 0, note)
+
+
+def evaluate_trace(plan: Plan, model: Any) -> tuple[Trace, int]:
+    """`loss_sum` of a micro-batch over a model on meta, and the number of its first event."""
+    shape = plan.shape
+    batch = MetaBatch.of(shape.rows, shape.length, shape.trained, shape.padded)
+    language = _language(model, plan.recipe.train, batch, plan.device)
+    model.eval()
+    tracer = _tracer(plan, answer=answers(shape.trained, shape.padded))
+    with without_collector(), on_meta(plan.device), torch.no_grad():
+        for tensor in (*_unique(model), batch.input_ids, batch.attention_mask, batch.labels):
+            tracer.adopt(tensor, "weights")
+        first = len(tracer.trace.events)
+        with tracer:
+            language.loss_sum(batch)
+    return tracer.stop(), first
+
+
+# ---- what is written
+
+
+def save_phase(plan: Plan, whole: nn.Module) -> Phase:
+    """Save: the adapter's tensors become one string of bytes; each file is written beside the one that it replaces."""
+    tensors = adapter_tensors(whole)
+    content, info = adapter_bytes(tensors), _info_bytes(plan, whole)
+    copies = content if plan.device.kind == "cuda" else 0
+    device = plan.process if plan.device.kind == "cuda" else _after(plan) + content
+    disk = 2 * (content + info) + len(plan.recipe.to_yaml().encode())
+    note = f"an adapter of {size(content)}; twice while the new one is written"
+    return Phase("save", device, _host(plan, content + copies), disk, note)
+
+
+def _after(plan: Plan) -> int:
+    """The process between two steps."""
+    trace = plan.trace
+    assert trace is not None
+    return sum(trace.sizes[block] for block in trace.alive(len(trace.events) - 1)) + process_bytes(plan.device)
+
+
+def adapter_bytes(tensors: dict[str, Tensor]) -> int:
+    """Bytes of adapter.safetensors: the format's header, as safetensors writes it, padded to 8, and the values."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        start, end = end, end + _nbytes(tensor)
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-text // 8) * 8 + end
+
+
+def _info_bytes(plan: Plan, whole: nn.Module) -> int:
+    """Bytes of adapter.json, but for the digits of a few numbers."""
+    recipe, digest = plan.recipe, "0" * 64
+    info = {
+        "format": FORMAT, "qtune": __version__, "adapter": recipe.adapter.to_dict(),
+        "base": {"model": recipe.model, "scheme": recipe.scheme.to_dict(), "dtype": recipe.dtype, "step": 0},
+        "parameters": plan.trained, "bytes": 0, "sha256": digest,
+        "sites": {
+            name: {"scheme": str(site.base.scheme), "digest": digest, "magnitude": 0.0123456789012345}
+            for name, site in adapted_sites(whole).items()
+        },
+    }  # fmt: skip
+    return len(json.dumps(info, indent=2)) + 1
+
+
+class Merging:
+    """Merge, in a process of its own: the logits of base + adapter in fp32, then one layer after the other dense."""
+
+    def __init__(self, plan: Plan, whole: nn.Module) -> None:
+        """What needs the whole model: its tensors, and how each entry of the merged checkpoint is made."""
+        self.plan, self.static = plan, [_nbytes(tensor) for tensor in _unique(whole)]
+        floats = [p for p in whole.parameters() if p.is_floating_point() and p.dtype != torch.float32]
+        self.casts = [4 * p.numel() for p in floats]
+        self.written, self.host, self.disk = Timeline(), 0, 0
+        for nbytes in self.static:
+            self.written.born(nbytes)
+        traced = set()
+        with without_collector(), torch.no_grad():
+            for entry in merged_entries(whole, MERGED):
+                self.disk, self.host = self.disk + entry.nbytes, max(self.host, entry.nbytes)
+                module = whole.get_submodule(entry.name.rpartition(".")[0])
+                key = (entry.shape, entry.name.rpartition(".")[2], type(module), getattr(module, "scheme", None))
+                if key not in traced:
+                    traced.add(key)
+                    tracer = _tracer(plan, answer=answers(1, False))
+                    with tracer:
+                        entry.tensor()
+                    self.written.gone(self.written.insert(tracer.stop()))
+
+    def phase(self, few: Any) -> Phase:
+        """few: the model on meta, its layers cut to few."""
+        plan = self.plan
+        reference, how = self._reference(few)
+        logits = PROMPTS * PROMPT_TOKENS * plan.model.config.get_text_config().vocab_size * 4
+        on_cpu = 2 * logits if plan.device.kind == "cpu" else 0  # the reference's and the written model's are kept
+        in_fp32, dense = reference.peak(plan.device, 1) + on_cpu, self.written.peak(plan.device, 1) + on_cpu
+        decides = how if in_fp32 >= dense else "the largest layer dense in fp32"
+        note = f"{decides}; transformers then maps the written file"
+        return Phase("merge", max(in_fp32, dense), _host(plan, max(self.host, 2 * logits)), self.disk, note)
+
+    def _reference(self, few: Any) -> tuple[Timeline, str]:
+        """`Reference.of`: all that is not packed is cast to fp32 while the originals are kept."""
+        timeline = Timeline()
+        for nbytes in (*self.static, *self.casts):
+            timeline.born(nbytes)
+        how = "the reference logits in fp32"
+        try:
+            trace, first = self._forward(few, torch.float32)
+        except (NotImplementedError, RuntimeError):  # an op that meta has for the model's own dtype only
+            trace, first = self._forward(few, None)
+            trace.sizes = [2 * nbytes for nbytes in trace.sizes]
+            how += ", at most"
+        timeline.insert(trace, first)
+        return timeline, how
+
+    def _forward(self, few: Any, dtype: torch.dtype | None) -> tuple[Trace, int]:
+        few.eval()
+        ids = torch.empty(1, PROMPT_TOKENS, dtype=torch.int64, device="meta")
+        tracer = _tracer(self.plan, answer=answers(1, False))
+        wide = in_dtype(few, dtype) if dtype else nullcontext()
+        with without_collector(), on_meta(self.plan.device), torch.no_grad(), wide:
+            for tensor in (*_unique(few), ids):
+                tracer.adopt(tensor, "weights")
+            first = len(tracer.trace.events)
+            with tracer:
+                few(input_ids=ids, use_cache=False).logits[0].float()
+        return tracer.stop(), first

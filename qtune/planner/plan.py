@@ -1,0 +1,322 @@
+"""Plan: what a recipe will take on a device, in bytes that add up to the peak of the process.
+
+Three tiers. Allocated: the most bytes alive at once in two traced steps, each block rounded as the device's allocator
+rounds. Reserved: what the caching allocator takes from the device for that (CUDA; elsewhere the same). Process: with
+what torch itself takes there. No formula says what a model or a method needs: `step_trace` runs them on meta.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from ..adapters import adapt
+from ..errors import QtuneError
+from ..model.skeleton import build
+from ..quant.scheme import DTYPES
+from ..recipe import Overrides, Recipe
+from ..screen import size
+from ..units import parse_size
+from .allocator import peak_allocated, replay
+from .breakdown import GRANULE, GROUPS, parameters_of, rows_of
+from .cost import JOINED
+from .devices import Device, find_device, workspaces
+from .models import Model, find_model
+from .roofline import Cost, Speed, estimate
+from .runtime import process_bytes
+from .standins import Untraceable
+from .step_trace import MICRO_BATCHES, STEPS, MetaBatch, planned_trace
+from .trace import BEFORE, LOSS, UPDATE, Trace
+
+SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's names for its allocator's settings
+WORTH = 0.97  # of reserved bytes: below this, a change of settings is worth a note
+CLOSE = 0.05  # of the device: a plan that leaves less than its own error bound fits barely
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of the breakdown: a group of GROUPS, what it is, bytes at the peak."""
+
+    group: str
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When the peak is reached: the part of the step, the layer (0-based) of `layers`, the module and the op."""
+
+    part: str
+    layer: int | None
+    layers: int
+    module: str
+    op: str
+
+    def __str__(self) -> str:
+        where = f"{self.part} pass, layer {self.layer + 1} of {self.layers}" if self.layer is not None else {
+            BEFORE: "before the first layer", LOSS: "loss (final norm, head, cross entropy)", UPDATE: "optimizer step"
+        }.get(self.part, self.part)  # fmt: skip
+        leaf = self.module.rpartition(f".{self.layer}.")[2] if self.layer is not None else self.module
+        inside = f", in {leaf}" if leaf else ""
+        return f"{where}{inside}" + (f" ({self.op})" if self.op else "")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The micro-batch that is planned for. source: where it comes from, in words."""
+
+    rows: int
+    length: int
+    trained: int
+    padded: bool
+    source: str
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stage of the job: peak bytes on the device, in host memory, and written to disk. note: what decides it."""
+
+    name: str
+    device: int
+    host: int = 0
+    disk: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on a device. allocated, reserved, process: bytes, see the module. budget: bytes that are there.
+
+    items add up to `process`. parameters: of the base; trained: of the adapter.
+    """
+
+    model: Model
+    recipe: Recipe
+    device: Device
+    stack: str
+    shape: Shape
+    items: tuple[Item, ...]
+    allocated: int
+    reserved: int
+    process: int
+    budget: int
+    moment: Moment
+    parameters: int
+    trained: int
+    speed: Speed | str
+    phases: tuple[Phase, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    trace: Trace | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def left(self) -> int:
+        """Bytes of the budget that stay free; negative where it is too small."""
+        return self.budget - max(self.process, *(phase.device for phase in self.phases), 0)
+
+    @property
+    def verdict(self) -> str:
+        """fits, barely or no."""
+        if self.left < 0:
+            return "no"
+        return "barely" if self.left < CLOSE * self.budget else "fits"
+
+    @cached_property
+    def groups(self) -> dict[str, int]:
+        """Bytes a group, in the order of GROUPS."""
+        return {group: sum(item.nbytes for item in self.items if item.group == group) for group in GROUPS}
+
+
+# ---- what is built
+
+
+def maker(model: Model, recipe: Recipe) -> Callable[[], Any]:
+    """A function that builds the recipe's packed and adapted model on meta, anew at each call."""
+    config = model.config.to_dict()
+
+    def make() -> Any:
+        fresh = type(model.config).from_dict(config)  # tracing cuts layers off its own copy
+        made = build(fresh, recipe.scheme, embeddings=recipe.embeddings, dtype=DTYPES[recipe.dtype])
+        adapt(made, recipe.adapter)
+        return made
+
+    return make
+
+
+def shape_of(recipe: Recipe, model: Model) -> Shape:
+    """The largest micro-batch that a recipe allows, where its data is not read."""
+    rows, length = recipe.train.micro_batch, recipe.data.max_length
+    return Shape(rows, length, rows * (length - 1), rows > 1, "train.micro_batch x data.max_length, all tokens trained")
+
+
+def check_shape(shape: Shape, model: Model) -> None:
+    """Raises QtuneError for a sequence beyond the model's positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and shape.length > positions:
+        raise QtuneError(
+            f"data.max_length is {shape.length:,}, beyond the {positions:,} positions of {model.name}; "
+            f"legal: 2 to {positions:,}"
+        )
+
+
+# ---- the plan
+
+
+def plan_recipe(
+    recipe: Recipe,
+    device: Device,
+    *,
+    model: Model | None = None,
+    shape: Shape | None = None,
+    budget: int | None = None,
+) -> Plan:
+    """The plan of a recipe's training on a device.
+
+    model: the recipe's, where it is found already. shape: the micro-batch, else the largest that the recipe allows.
+    budget: bytes, else the device's memory. Raises QtuneError, naming the architecture, where it cannot be traced.
+    """
+    started = time.perf_counter()
+    model = model or find_model(recipe.model)
+    shape = shape or shape_of(recipe, model)
+    check_shape(shape, model)
+    batch = MetaBatch.of(shape.rows, shape.length, shape.trained, shape.padded)
+    try:
+        trace, whole = planned_trace(maker(model, recipe), recipe.train, batch, device)
+    except Untraceable as error:
+        raise QtuneError(f"{type(model.config).__name__} cannot be planned: it {error}") from error
+    except (NotImplementedError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise QtuneError(f"{type(model.config).__name__} cannot be planned: {reason}") from error
+    return planned(model, recipe, device, "qtune", shape, trace, whole, budget, time.perf_counter() - started)
+
+
+def planned(
+    model: Model,
+    recipe: Recipe,
+    device: Device,
+    stack: str,
+    shape: Shape,
+    trace: Trace,
+    whole: Any,
+    budget: int | None,
+    seconds: float,
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """The plan that a trace tells. whole: the model whose parameters the trace names."""
+    accumulate = recipe.train.accumulate
+    allocated, reserved, event, note = tiers(trace, device)
+    runtime = process_bytes(device)
+    rows = rows_of(trace, whole, event, recipe.train.checkpointing)
+    items = [Item(group, name, nbytes) for (group, name), nbytes in rows.items() if nbytes]
+    gap = reserved - sum(item.nbytes for item in items)
+    items += [Item("runtime", "allocator: rounding and gaps", gap)] if gap else []
+    items.append(
+        Item("runtime", "CUDA context and kernels" if device.kind == "cuda" else "torch and libraries", runtime)
+    )
+    order = {group: index for index, group in enumerate(GROUPS)}
+    return Plan(
+        model=model, recipe=recipe, device=device, stack=stack, shape=shape,
+        items=tuple(sorted(items, key=lambda item: (order[item.group], -item.nbytes))),
+        allocated=allocated, reserved=reserved, process=reserved + runtime, budget=budget or device.memory,
+        moment=moment_of(trace, event, model.config.get_text_config().num_hidden_layers),
+        parameters=parameters_of(whole), trained=sum(p.numel() for p in whole.parameters() if p.requires_grad),
+        speed=estimate(
+            costs_of(trace, STEPS, accumulate / min(MICRO_BATCHES, accumulate)),
+            device, shape.tokens * accumulate, recipe.train.steps,
+        ),
+        notes=(*notes, *note), seconds=seconds, trace=trace,
+    )  # fmt: skip
+
+
+def tiers(trace: Trace, device: Device) -> tuple[int, int, int, list[str]]:
+    """Allocated and reserved bytes, the event of the peak, and what to know of them. The allocator sees three steps:
+    its segments settle in the second and third. cuBLAS workspaces come from it, too."""
+    if device.kind != "cuda":
+        allocated, event = peak_allocated(trace.sizes, trace.events, 1)
+        return allocated, allocated, event, []
+    _add_workspace(trace, workspaces(device))
+    _, event = peak_allocated(trace.sizes, trace.events, GRANULE)
+    events = [*trace.events, *trace.events[trace.last_step :]]
+    expandable = "expandable_segments:true" in "".join(os.environ.get(name, "") for name in SETTINGS).lower()
+    taken, other = (replay(trace.sizes, events, expandable=kind) for kind in (expandable, not expandable))
+    notes = []
+    if not expandable and other.reserved < WORTH * taken.reserved:
+        notes.append(f"with {SETTINGS[1]}=expandable_segments:True the allocator would take {size(other.reserved)}")
+    return taken.allocated, taken.reserved, event, notes
+
+
+def _add_workspace(trace: Trace, nbytes: int) -> None:
+    """One block, there from the start."""
+    trace.events.insert(0, len(trace.sizes))
+    trace.at.insert(0, 0)
+    trace.last_step += 1
+    columns = (
+        (trace.sizes, nbytes),
+        (trace.ops, "cuBLAS"),
+        (trace.where, ""),
+        (trace.kinds, "workspace"),
+        (trace.born, 0),
+    )
+    for column, value in columns:
+        column.append(value)  # type: ignore[attr-defined]
+
+
+def moment_of(trace: Trace, event: int, layers: int) -> Moment:
+    """What happens at an event."""
+    segment, block = trace.segments[trace.at[event]], trace.events[event]
+    op = trace.ops[block].removesuffix(" scratch")
+    return Moment(segment.part, segment.layer, layers, trace.where[block], op.partition(".")[0])
+
+
+def costs_of(trace: Trace, steps: int, more: float) -> list[Cost]:
+    """The costs of one of the traced steps, by class and dtype. more: a step's micro-batches for each traced one."""
+    total: dict[tuple[str, str], list[float]] = {}
+    for (segment, kind, dtype), row in trace.costs.rows.items():
+        sums = total.setdefault((kind, dtype), [0, 0, 0])
+        for index, value in enumerate(row):
+            sums[index] += value * (more if segment == JOINED else 1) / steps
+    return [Cost(kind, dtype, *(int(value) for value in sums)) for (kind, dtype), sums in total.items()]
+
+
+def plan_stack(
+    recipe: Recipe,
+    device: Device,
+    *,
+    model: Model | None = None,
+    shape: Shape | None = None,
+    budget: int | None = None,
+    release: str = "published",
+) -> Plan:
+    """The plan of the same training by transformers + PEFT + bitsandbytes, in their usual set-up. release: published
+    (as the releases behind most published measurements) or installed. Raises QtuneError where they cannot do it."""
+    from .hf import hf_settings, hf_trace
+
+    started = time.perf_counter()
+    model = model or find_model(recipe.model)
+    shape = shape or shape_of(recipe, model)
+    check_shape(shape, model)
+    settings = replace(hf_settings(recipe, shape.rows, shape.length), release=release)
+    trace = hf_trace(type(model.config).from_dict(model.config.to_dict()), settings, device)
+    whole = maker(model, recipe)()
+    return planned(model, recipe, device, f"hf:{release}", shape, trace, whole, budget, time.perf_counter() - started)
+
+
+def plan(
+    recipe: Recipe | str | Mapping[str, Any],
+    *,
+    device: str = "cuda",
+    overrides: Overrides = (),
+    budget: str | None = None,
+) -> Plan:
+    """What a recipe (a file, a mapping or a Recipe) will take on a device of the catalogue, this machine's GPU ("cuda")
+    or CPU ("cpu"). The recipe's data is not read: the largest micro-batch that it allows is planned for."""
+    made = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides, training=False)
+    return plan_recipe(made, find_device(device), budget=parse_size(budget) if budget else None)

@@ -1,0 +1,379 @@
+"""A plan as a person reads it: what fits, the bar, the table that adds up, the moment, the phases, the time.
+
+Colours are those of Okabe and Ito, which the colour-blind tell apart; where there are none (a pipe, NO_COLOR) each
+group of the bar has a sign of its own. Numbers are bytes as GiB or MiB of 2^30 and 2^20.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ..screen import Screen, size
+from .breakdown import GROUPS
+from .fit import Fit, Row, Rung, peak, shown
+from .plan import CLOSE, Plan
+from .request import Request
+from .roofline import Speed
+
+if TYPE_CHECKING:
+    from .measure import Measured
+    from .sweep import Sweep
+
+COLOURS = dict(zip(GROUPS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#999999"), strict=True))
+SIGNS = dict(zip(GROUPS, "█▚▞▓▒░╳", strict=True))
+ASCII_SIGNS = dict(zip(GROUPS, "#AGOaTr", strict=True))
+VERDICTS = {"fits": "bold green", "barely": "bold yellow", "no": "bold red"}
+WIDEST = 96  # columns
+
+
+# ---- one plan
+
+
+def show_plan(plan: Plan, request: Request, screen: Screen, instead: Plan | None = None) -> None:
+    """The whole answer. instead: the same recipe on qtune's own stack, beside another stack's plan."""
+    for line in head(plan):
+        screen.line(line)
+    screen.line()
+    screen.line(verdict(plan))
+    screen.line()
+    for line in bar(plan, screen.console):
+        screen.line(line)
+    screen.line()
+    screen.console.print(table(plan, screen.console))
+    screen.line()
+    screen.line(tiers(plan))
+    screen.line(f"The peak comes in: {plan.moment}.")
+    if instead is not None:
+        screen.line(beside(plan, instead))
+    if plan.phases:
+        screen.line()
+        screen.console.print(phases(plan))
+    screen.line()
+    first, assumed = speed_lines(plan.speed, request)
+    screen.line(first)
+    for assumption in assumed:
+        aside(assumption, screen)
+    for note in (*request.notes, *plan.notes):
+        aside(f"note: {note}", screen)
+
+
+def aside(text: str, screen: Screen) -> None:
+    """A line of less weight, indented also where a terminal wraps it."""
+    if screen.console.is_terminal:
+        screen.console.print(Padding(Text(text, "dim"), (0, 0, 0, 2)))
+    else:
+        screen.line(f"  {text}")
+
+
+def head(plan: Plan) -> list[Text]:
+    """What is planned: the model, how it is held and trained, the micro-batch, the device."""
+    recipe, shape = plan.recipe, plan.shape
+    held = recipe.scheme.name + (f", embeddings in {recipe.embeddings.name}" if recipe.embeddings else "")
+    rank = f", rank {recipe.adapter.options['rank']}" if "rank" in recipe.adapter.options else ""
+    share = f"{plan.trained / plan.parameters:.2%}" if plan.parameters else "?"
+    stack = "" if plan.stack == "qtune" else f" by the stack {plan.stack!r} (transformers, PEFT, bitsandbytes)"
+    keys = recipe.train
+    return [
+        Text.assemble((plan.model.name, "bold cyan"), f"  {count(plan.parameters)} parameters in {held}{stack}"),
+        Text(f"{recipe.adapter.method}{rank}: {count(plan.trained)} trained ({share}), by {keys.optimizer}"),
+        Text(
+            f"{shape.rows:,} example{'s' * (shape.rows != 1)} of {shape.length:,} tokens in a micro-batch"
+            f"{f', {keys.accumulate} micro-batches a step' if keys.accumulate > 1 else ''}"
+            f"{', checkpointing' if keys.checkpointing else ', no checkpointing'}"
+        ),
+        Text(f"  {shape.source}", "dim"),
+        Text(f"{plan.device.name}, {size(plan.device.memory)}" + _limit(plan)),
+    ]
+
+
+def _limit(plan: Plan) -> str:
+    return "" if plan.budget == plan.device.memory else f", of which {size(plan.budget)} may be used"
+
+
+def verdict(plan: Plan) -> Text:
+    """Fits, fits barely or does not fit, and by how much."""
+    most, limit = size(peak(plan)), size(plan.budget)
+    if plan.verdict == "no":
+        words, rest = "Does not fit", f": {most} at the peak, {size(-plan.left)} more than {limit}."
+    else:
+        words = "Fits" if plan.verdict == "fits" else "Fits barely"
+        rest = f": {most} at the peak, {size(plan.left)} of {limit} stay free ({plan.left / plan.budget:.0%})."
+    if plan.verdict == "barely":
+        rest += f" Less than {CLOSE:.0%} is left: whatever else uses the device may be too much."
+    by = max(plan.phases, key=lambda phase: phase.device, default=None)
+    if by is not None and by.device > plan.process:
+        rest += f" What takes most is not the training step, it is: {by.name}."
+    return Text.assemble((words, VERDICTS[plan.verdict]), rest)
+
+
+def show_way_out(found: Fit, request: Request, screen: Screen) -> None:
+    """The smallest change that makes it fit, or that there is none."""
+    screen.line()
+    if found.plan.verdict == "no":
+        screen.line(nothing_fits(found))
+        return
+    screen.line(Text.assemble("The smallest change that ", ("fits", VERDICTS[found.plan.verdict]), ":"))
+    screen.line(f"  {paste(found, request)}", "bold")
+    screen.line(f"  {size(peak(found.plan))} at the peak, {size(found.plan.left)} stay free")
+
+
+def nothing_fits(found: Fit) -> Text:
+    """What is missing even with every knob at its smallest."""
+    least = f"with every knob at its smallest it takes {size(peak(found.plan))}, {size(found.missing)} too much"
+    return Text.assemble(("No change of the recipe makes it fit", VERDICTS["no"]), f": {least}.")
+
+
+def beside(plan: Plan, own: Plan) -> Text:
+    """What qtune needs for the same recipe."""
+    less = peak(plan) - peak(own)
+    words = f"{size(abs(less))} {'less' if less >= 0 else 'more'}"
+    return Text.assemble("The same recipe in qtune: ", (f"{size(peak(own))} at the peak", "bold"), f", {words}.")
+
+
+# ---- the bar
+
+
+def bar(plan: Plan, console: Console) -> list[Text]:
+    """The groups against the limit, to scale, and a line that names the limit."""
+    signs, colour = signs_of(console), console.color_system is not None
+    width = min(console.width, WIDEST) - 2
+    scale = max(plan.process, plan.budget)
+    ends = _cells(list(plan.groups.values()), scale, width)
+    line = Text("")
+    for group, cells in zip(GROUPS, ends, strict=True):
+        line.append(("█" if colour and not console.options.ascii_only else signs[group]) * cells, COLOURS[group])
+    limit = min(width, round(plan.budget / scale * width))
+    free, edge = ("·", "│") if not console.options.ascii_only else (".", "|")
+    used = len(line)
+    if used < limit:
+        line.append(free * (limit - used), "dim")
+        line.append(edge, "bold")
+        line.append("")
+    else:  # the limit stands inside of what is needed
+        line = line[:limit] + Text(edge, "bold red") + line[limit:]
+    label = f"{size(plan.budget)}"
+    below = Text(" " * max(0, min(limit - len(label) + 1, width - len(label) + 1)) + label, "dim")
+    return [line, below]
+
+
+def _cells(values: Sequence[int], scale: int, width: int) -> list[int]:
+    """Whole cells for each value; the ends are rounded, so that errors do not add up."""
+    cells, before, total = [], 0, 0
+    for value in values:
+        total += value
+        end = round(total / scale * width)
+        cells.append(end - before)
+        before = end
+    return cells
+
+
+def signs_of(console: Console) -> dict[str, str]:
+    """What stands for each group where there is no colour."""
+    return ASCII_SIGNS if console.options.ascii_only else SIGNS
+
+
+# ---- the tables
+
+
+def table(plan: Plan, console: Console) -> Table:
+    """Groups with their items; the last row is the sum of all items: the peak of the process."""
+    made = Table.grid(padding=(0, 2))
+    for justify in ("left", "right", "right"):
+        made.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    colour = console.color_system is not None and not console.options.ascii_only
+    for group, total in plan.groups.items():
+        items = [item for item in plan.items if item.group == group]
+        if not items:
+            continue
+        name = Text.assemble(("█ " if colour else f"{signs_of(console)[group]} ", COLOURS[group]), (group, "bold"))
+        if len(items) == 1 and items[0].name != group:  # one row says it all
+            name.append(f"  {items[0].name}")
+        made.add_row(name, Text(size(total), "bold"), Text(f"{total / plan.process:.1%}", "bold"))
+        for item in items if len(items) > 1 else ():
+            made.add_row(f"    {item.name}", size(item.nbytes), Text(f"{item.nbytes / plan.process:.1%}", "dim"))
+    total = sum(item.nbytes for item in plan.items)
+    made.add_row(Text("= peak of the process", "bold"), Text(size(total), "bold"), Text("100%", "bold"))
+    return made
+
+
+def tiers(plan: Plan) -> Text:
+    """Allocated, reserved, process: what the tools of torch and the driver would show."""
+    text = Text()
+    for name, nbytes, end in (
+        ("allocated", plan.allocated, ", "), ("reserved", plan.reserved, ", "), ("process", plan.process, ".")
+    ):  # fmt: skip
+        text.append(f"{name} ").append(size(nbytes), "bold").append(end)
+    return text
+
+
+def phases(plan: Plan) -> Table:
+    """The stages of the job beside the training step; a dash where nothing is taken."""
+    made = Table.grid(padding=(0, 2))
+    for title, justify in (("phase", "left"), ("device", "right"), ("host", "right"), ("disk", "right"), ("", "left")):
+        made.add_column(justify=justify, no_wrap=title != "")  # type: ignore[arg-type]
+    made.add_row(*(Text(name, "bold") for name in ("phase", "device", "host", "disk", "")))
+    for phase in plan.phases:
+        amounts = (size(n) if n else "-" for n in (phase.device, phase.host, phase.disk))
+        made.add_row(phase.name, *amounts, Text(phase.note, "dim"))
+    return made
+
+
+# ---- time
+
+
+def speed_lines(speed: Speed | str, request: Request) -> tuple[Text, list[str]]:
+    """The estimate in a line, then what it assumes."""
+    if isinstance(speed, str) or speed.seconds is None:
+        return Text(f"Time: {speed if isinstance(speed, str) else speed.reason}."), []
+    text = Text.assemble("Time, an estimate: ", (f"{speed.tokens_per_second:,.0f} tokens/s", "bold"))
+    text.append(f", {duration(speed.seconds)} a step")
+    if steps := request.steps():
+        text.append(f"; {steps:,} step{'s' * (steps != 1)} in {duration(steps * speed.seconds)}")
+        text.append(" if every micro-batch is as large")
+    text.append(f" (bound by {speed.bound}).")
+    return text, speed.assumptions
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 380 ms, 1.7 s, 14 min, 3 h 20 min, 4.2 days."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, rest = divmod(minutes, 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{hours} h {rest} min" if hours < 48 else f"{seconds / 86400:.1f} days"
+
+
+def count(n: int) -> str:
+    """A number of parameters in three digits: 6.74 B, 40.0 M."""
+    for unit, factor in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if n >= factor:
+            return f"{n / factor:#.3g} {unit}" if n < 99.95 * factor else f"{n / factor:,.0f} {unit}"
+    return str(n)
+
+
+# ---- searches
+
+
+def show_fit(found: Fit, request: Request, screen: Screen) -> None:
+    """The ladder and what to paste."""
+    for line in head(found.start):
+        screen.line(line)
+    screen.line()
+    screen.line(f"Limit {size(request.budget)}. Each row keeps the changes above it:")
+    screen.line()
+    made = Table.grid(padding=(0, 2))
+    for justify in ("left", "right", "right", "left"):
+        made.add_column(justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
+    made.add_row(*(Text(title, "bold") for title in ("change", "peak", "saved", "what it costs you")))
+    made.add_row("the recipe as it is", _peak(found.start), "", "")
+    for rung in found.rungs:
+        made.add_row(*_rung(rung))
+    screen.console.print(made)
+    back = [rung.level.words for rung in found.rungs if not rung.kept]
+    screen.line()
+    if back:
+        screen.line(f"Taken back, for it fits without: {', '.join(back)}.")
+    screen.line(verdict(found.plan) if found.plan.verdict != "no" else nothing_fits(found))
+    if found.plan.verdict != "no" and found.change:
+        screen.line()
+        screen.line(paste(found, request), "bold")
+    elif not found.change:
+        screen.line("Nothing has to be changed.")
+    for note in (*request.notes, *found.plan.notes):
+        aside(f"note: {note}", screen)
+
+
+def _peak(plan: Plan) -> Text:
+    return Text(size(peak(plan)), VERDICTS[plan.verdict])
+
+
+def _rung(rung: Rung) -> Iterable[Text]:
+    style = "" if rung.kept else "dim"
+    words = rung.level.words + ("" if rung.kept else " (taken back)")
+    saved = Text(size(rung.saved), style)
+    return Text(words, style), _peak(rung.plan), saved, Text(rung.level.cost, "dim")
+
+
+def paste(found: Fit, request: Request) -> str:
+    """The command that trains the recipe that fits; a mere model has no recipe's file yet."""
+    given = [text for text in request.changes if text.partition("=")[0] not in found.change]
+    model = [] if request.source else [f"model={request.recipe.model}"]
+    words = [request.source or "RECIPE", *model, *given, *shown(found.change)]
+    return " ".join(["qtune train", *(shlex.quote(word) for word in words)])
+
+
+def show_explained(start: Plan, rows: Sequence[Row], request: Request, screen: Screen) -> None:
+    """One row a knob, the largest saving first."""
+    for line in head(start):
+        screen.line(line)
+    screen.line()
+    screen.line("One change at a time, from the recipe as it is:")
+    screen.line()
+    made = Table.grid(padding=(0, 2))
+    for justify in ("left", "right", "right", "left"):
+        made.add_column(justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
+    made.add_row(*(Text(title, "bold") for title in ("change", "peak", "difference", "")))
+    shown_start = False
+    for row in rows:
+        if not shown_start and (row.difference > 0 or row.plan is None):
+            made.add_row(Text("the recipe as it is", "bold"), _peak(start), "", "")
+            shown_start = True
+        if row.plan is None:
+            made.add_row(Text(row.words, "dim"), "-", "", Text(row.cost, "dim"))
+        else:
+            made.add_row(row.words, _peak(row.plan), difference(row.difference), Text(row.cost, "dim"))
+    if not shown_start:
+        made.add_row(Text("the recipe as it is", "bold"), _peak(start), "", "")
+    screen.console.print(made)
+    screen.line()
+    screen.line(f"Limit {size(request.budget)}: green fits, yellow barely, red does not.", "dim")
+    for note in request.notes:
+        aside(f"note: {note}", screen)
+
+
+def difference(nbytes: int) -> str:
+    """Bytes with their sign."""
+    return "none" if nbytes == 0 else f"{'-' if nbytes < 0 else '+'}{size(abs(nbytes))}"
+
+
+# ---- the picture, and what was measured
+
+
+def show_sweep(made: Sweep, path: Path, replaced: bool, screen: Screen) -> None:
+    """Where the picture is, and for each micro-batch the longest length that fits."""
+    for rows, points in made.lines.items():
+        fitting = [(length, most) for length, most in points if most <= made.request.budget]
+        words = "nothing planned fits" if not fitting else f"up to {fitting[-1][0]:,} tokens ({size(fitting[-1][1])})"
+        screen.line(f"micro-batch {rows:>2}: {words} of {size(made.request.budget)}")
+    screen.line(f"{'replaced' if replaced else 'wrote'} {path}")
+
+
+def show_measured(found: Measured, request: Request, screen: Screen) -> None:
+    """Planned beside measured, one row a tier."""
+    for line in head(found.plan):
+        screen.line(line)
+    screen.line()
+    made = Table.grid(padding=(0, 2))
+    for justify in ("left", "right", "right", "right", "left"):
+        made.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    made.add_row(*(Text(title, "bold") for title in ("tier", "planned", "measured", "error", "measured by")))
+    for row in found.rows():
+        planned, measured = size(row["planned"]), size(row["measured"])
+        made.add_row(row["tier"], planned, measured, f"{row['error']:+.1%}", Text(row["how"], "dim"))
+    screen.console.print(made)
+    screen.line()
+    aside(f"weights: {found.weights}", screen)
+    for note in (*request.notes, *found.notes):
+        aside(f"note: {note}", screen)

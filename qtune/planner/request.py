@@ -1,0 +1,253 @@
+"""What is asked of `qtune plan`: arguments -> recipe, model, device, micro-batch, limit; every fault at once.
+
+Where the recipe's data and a tokenizer are at hand, the micro-batch is the worst that the data can bring: its longest
+examples together, padded to the longest. Else it is train.micro_batch x data.max_length, and a note says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..data import load_data
+from ..errors import QtuneError, one_of
+from ..model import load_tokenizer
+from ..quant import Scheme, scheme_from
+from ..recipe import Recipe
+from ..screen import size
+from .devices import Device, find_device
+from .models import Model, find_model
+from .plan import Plan, Shape, check_shape, plan_recipe, shape_of
+from .roofline import measured
+from .units import parse_size
+
+STACKS = ("qtune", "hf", "hf:installed")
+SHORTCUTS = {"batch": "train.micro_batch", "seq": "data.max_length", "rank": "adapter.rank"}  # option -> key
+LOW = {"batch": 1, "seq": 2, "rank": 1}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The examples of a data file: (tokens, trained tokens) of each, the longest first."""
+
+    pairs: tuple[tuple[int, int], ...]
+
+    def worst(self, rows: int, length: int) -> Shape:
+        """The `rows` longest examples in one micro-batch, cut at `length` tokens."""
+        most = self.pairs[:rows]
+        lengths = [min(tokens, length) for tokens, _ in most]
+        trained = sum(min(count, cut - 1) for (_, count), cut in zip(most, lengths, strict=True))
+        several = f"the {len(most)} longest in one micro-batch" if len(most) > 1 else "alone in a micro-batch"
+        source = f"data: longest example {lengths[0]:,} tokens (of {len(self.pairs):,} examples), {several}"
+        return Shape(len(most), lengths[0], trained, min(lengths) < lengths[0], source)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan. budget: bytes, the device's memory or what the user allows. source: the recipe's file, None for
+    --model; changes: KEY=VALUE as the user gave them. lengths: of the data, where it was read."""
+
+    recipe: Recipe
+    model: Model
+    device: Device
+    budget: int
+    stack: str = "qtune"
+    source: str | None = None
+    changes: tuple[str, ...] = ()
+    lengths: Lengths | None = None
+    notes: tuple[str, ...] = ()
+
+    def shape(self, recipe: Recipe | None = None) -> Shape:
+        """The micro-batch of the recipe, or of a changed one."""
+        recipe = recipe or self.recipe
+        if self.lengths is None:
+            return shape_of(recipe, self.model)
+        return self.lengths.worst(recipe.train.micro_batch, recipe.data.max_length)
+
+    def steps(self) -> int | None:
+        """Optimizer steps of the run, as the trainer counts them; None where the number of examples is not known."""
+        keys = self.recipe.train
+        if keys.steps is not None or self.lengths is None:
+            return keys.steps
+        micro_batches = math.ceil(len(self.lengths.pairs) / keys.micro_batch)
+        return max(1, math.ceil((keys.epochs or 1.0) * micro_batches / keys.accumulate))
+
+    def plan(self, recipe: Recipe | None = None, stack: str | None = None) -> Plan:
+        """The plan of the recipe, or of a changed one."""
+        recipe, stack = recipe or self.recipe, stack or self.stack
+        if stack == "qtune":
+            return plan_recipe(recipe, self.device, model=self.model, shape=self.shape(recipe), budget=self.budget)
+        from .plan import plan_stack
+
+        release = "installed" if stack.endswith(":installed") else "published"
+        shape = self.shape(recipe)
+        return plan_stack(recipe, self.device, model=self.model, shape=shape, budget=self.budget, release=release)
+
+
+def read_request(args: argparse.Namespace) -> Request:
+    """The request that the command's arguments make. Raises one QtuneError with every fault."""
+    faults: list[str] = []
+    notes: list[str] = []
+    pairs = [*([args.recipe] if _is_change(args.recipe) else []), *args.overrides]
+    source = None if _is_change(args.recipe) else args.recipe
+    recipe = _tried(lambda: _recipe(args, source, pairs, faults), faults)
+    device = _tried(lambda: _device(args.device, recipe, notes), faults)
+    limit = _tried(lambda: _limit(args, recipe), faults)
+    if args.stack not in STACKS:
+        faults.append(str(one_of("stack", args.stack, STACKS)))
+    elif args.stack != "qtune" and (args.fit is not None or args.explain or args.measure):
+        faults.append(
+            f"--stack {args.stack} can be planned and swept; --fit, --explain and --measure are of qtune's own"
+        )
+    model = _tried(lambda: find_model(recipe.model), faults) if recipe is not None else None
+    if recipe is not None and model is not None and (args.seq is not None or recipe.data.train is None):
+        _tried(lambda: check_shape(shape_of(recipe, model), model), faults)
+    if faults or recipe is None or model is None or device is None:
+        raise QtuneError(faults[0] if len(faults) == 1 else "\n  ".join((f"there are {len(faults)} faults:", *faults)))
+    if limit and limit > device.memory:
+        notes.append(f"the budget of {size(limit)} is beyond the {size(device.memory)} of {device.name}")
+    lengths = None if args.seq is not None else _lengths(recipe, model, notes)
+    made = Request(
+        recipe=recipe, model=model, device=device, budget=limit or device.memory, stack=args.stack, source=source,
+        changes=tuple(_given(args, pairs)), lengths=lengths, notes=tuple(notes),
+    )  # fmt: skip
+    check_shape(made.shape(), model)  # of the data, where it was read
+    return made
+
+
+def _tried(make: Callable[[], T], faults: list[str]) -> T | None:
+    try:
+        return make()
+    except QtuneError as error:
+        if str(error):
+            faults.append(str(error))
+        return None
+
+
+def _is_change(text: str | None) -> bool:
+    """Is the first word a KEY=VALUE, the recipe left out?"""
+    return text is not None and "=" in text and not Path(text).is_file()
+
+
+# ---- recipe
+
+
+def _recipe(args: argparse.Namespace, source: str | None, pairs: list[str], faults: list[str]) -> Recipe:
+    both = "one of RECIPE and --model is needed: a recipe's file, or a model's name such as llama-3.1-8b"
+    if (source is None) == (args.model is None):
+        raise QtuneError(both if source is None else f"{both}; given: {source} and --model {args.model}")
+    for name, low in LOW.items():
+        if (value := getattr(args, name)) is not None and value < low:
+            faults.append(f"--{name} is {value}; legal: {low} or more")
+    tree: Any = {"model": args.model} if source is None else Path(source)
+    recipe = Recipe.load(tree, pairs, training=False)
+    late: dict[str, Any] = {}
+    if args.scheme is not None:
+        late["scheme"] = scheme_tree(recipe, args.scheme)
+    if args.method is not None and args.method != recipe.adapter.method:
+        late["adapter"] = {"method": args.method}
+    for name, low in LOW.items():
+        if (value := getattr(args, name)) is not None and value >= low:
+            late[SHORTCUTS[name]] = value
+    return recipe.with_(late) if late else recipe
+
+
+def scheme_tree(recipe: Recipe, scheme: str | Scheme) -> dict[str, Any]:
+    """The value of the recipe's key `scheme` with another scheme and the same embeddings."""
+    made = scheme_from(scheme).to_dict() if isinstance(scheme, str) else scheme.to_dict()
+    return {**made, "embeddings": recipe.embeddings.to_dict() if recipe.embeddings else None}
+
+
+def _given(args: argparse.Namespace, pairs: list[str]) -> list[str]:
+    """What changes the recipe, as KEY=VALUE for `qtune train`."""
+    names = {"scheme": "scheme", "method": "adapter", **SHORTCUTS}
+    options = [f"{key}={getattr(args, name)}" for name, key in names.items() if getattr(args, name) is not None]
+    return [*pairs, *options]
+
+
+# ---- device, limit
+
+
+def _device(given: str | None, recipe: Recipe | None, notes: list[str]) -> Device:
+    """The device that is named; else the recipe's or this machine's GPU, else the CPU."""
+    wanted = recipe.device if recipe is not None else "auto"
+    here = torch.cuda.is_available()
+    if given is None:
+        given = wanted if wanted == "cpu" or (here and wanted.startswith("cuda")) else "cuda" if here else "cpu"
+        why = {"auto": "this machine has no GPU" if not here else "this machine's GPU"}.get(
+            wanted, "the recipe's device"
+        )
+        if given == "cpu" and wanted not in ("auto", "cpu"):
+            why = f"the recipe's device {wanted} cannot be planned here"
+        notes.append(f"planned for {given} ({why}); --device rtx4090 plans for a card that is not here")
+    device = find_device(given)
+    return measured(device) if device.kind == "cpu" else device
+
+
+def _limit(args: argparse.Namespace, recipe: Recipe | None) -> int | None:
+    """Bytes that are allowed; None: the device's memory."""
+    if args.fit and args.budget:
+        raise QtuneError(f"--fit {args.fit} and --budget {args.budget} both say the limit; legal: one of them")
+    for name in ("fit", "budget"):
+        if text := getattr(args, name):
+            return parse_size(text, f"--{name}")
+    budget = getattr(recipe, "budget", None)
+    return parse_size(budget, "budget") if budget else None
+
+
+# ---- data
+
+
+def _lengths(recipe: Recipe, model: Model, notes: list[str]) -> Lengths | None:
+    """The lengths of the recipe's examples; None, with a note, where data or tokenizer are not at hand."""
+    keys = recipe.data
+    taken = "so a micro-batch of examples of data.max_length was taken"
+    if keys.train is None:
+        return None
+    if not Path(keys.train).expanduser().is_file():
+        notes.append(f"data.train is {keys.train}: no such file here, {taken}")
+        return None
+    place = _tokenizer_at(recipe.model)
+    if place is None:
+        notes.append(f"no tokenizer of {recipe.model} is at hand for {keys.train}, {taken}")
+        return None
+    examples, report = load_data(
+        keys.train, load_tokenizer(place), max_length=keys.max_length, loss_on=keys.loss_on, template=keys.template
+    )
+    if report.truncated:
+        notes.append(f"{report.truncated:,} examples are cut at data.max_length = {keys.max_length:,}")
+    return Lengths(tuple(sorted(((len(e.input_ids), sum(e.trained)) for e in examples), reverse=True)))
+
+
+def _tokenizer_at(name: str) -> Path | None:
+    """A file or folder on this machine that holds the tokenizer; nothing is fetched."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else _cached(name)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    return folder if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")) else None
+
+
+def _cached(name: str) -> Path | None:
+    """The folder of a hub id in the local cache."""
+    if name.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "tokenizer_config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def request_of(recipe: Recipe, device: Device, budget: int, shape: Shape | None = None) -> Request:
+    """A request of the library's own, without arguments. shape: kept as the longest micro-batch that there is."""
+    lengths = None if shape is None else Lengths(((shape.length, shape.trained // shape.rows),) * shape.rows)
+    return Request(recipe, find_model(recipe.model), device, budget, lengths=lengths)

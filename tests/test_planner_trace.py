@@ -1,0 +1,298 @@
+"""The trace on meta is that of the real step, event by event; few layers extended are all layers; rows add up."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs_helper
+import tiny
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
+
+import qtune
+from qtune.adapters import METHODS, AdapterSpec, adapt
+from qtune.data import Batch
+from qtune.errors import QtuneError
+from qtune.model import load
+from qtune.model.skeleton import build
+from qtune.planner.breakdown import parameters_of, rows_of
+from qtune.planner.devices import find_device
+from qtune.planner.layers import find_layers, pattern
+from qtune.planner.plan import plan_recipe
+from qtune.planner.step_trace import MetaBatch, planned_trace, step_trace
+from qtune.planner.trace import BACKWARD, LOSS, Trace, Tracer
+from qtune.quant import scheme_from
+from qtune.recipe import Recipe, TrainKeys
+from qtune.screen import Screen
+from qtune.trainer import train
+
+CPU, GPU = find_device("cpu"), find_device("rtx4090")
+SIZES: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+FAMILIES: dict[str, Callable[[int], Any]] = {
+    "llama": lambda n: LlamaConfig(**SIZES, num_hidden_layers=n),
+    "qwen3": lambda n: Qwen3Config(**SIZES, num_hidden_layers=n, head_dim=16, tie_word_embeddings=True),
+    "gemma2": lambda n: Gemma2Config(**SIZES, num_hidden_layers=n, head_dim=16, sliding_window=32),
+    "gpt2": lambda n: GPT2Config(vocab_size=512, n_embd=64, n_layer=n, n_head=4, n_positions=256),
+    "mixtral": lambda n: MixtralConfig(**SIZES, num_hidden_layers=n, num_local_experts=4),
+}
+
+
+def made(family: str = "llama", layers: int = 3, method: str = "lora", scheme: str = "nf4", **options: Any) -> Any:
+    model = build(FAMILIES[family](layers), scheme_from(scheme), **options)
+    adapt(model, AdapterSpec(method))
+    return model
+
+
+def bytes_in_order(trace: Trace) -> list[int]:
+    """Births as positive sizes, releases as negative ones."""
+    return [trace.sizes[e] if e >= 0 else -trace.sizes[~e] for e in trace.events]
+
+
+# ---- meta is real
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny.saved("llama", path, num_hidden_layers=3)
+    return path
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("method", "scheme"), [*((m, "nf4") for m in sorted(METHODS)), ("lora", "int8"), ("hira", "dense")]
+)
+def test_the_trace_on_meta_is_that_of_the_real_step(
+    folder: Path, method: str, scheme: str, checkpointing: bool
+) -> None:
+    keys = TrainKeys(checkpointing=checkpointing, accumulate=2)
+    real = load(folder, scheme_from(scheme))
+    planned = build(copy.deepcopy(real.config), scheme_from(scheme))
+    for model in (real, planned):
+        adapt(model, AdapterSpec(method))
+    ids = torch.randint(0, real.config.vocab_size, (2, 40))
+    batch = Batch(ids, torch.ones_like(ids), ids.clone())
+    want, _ = step_trace(real, keys, [batch] * 2, CPU)
+    got, _ = step_trace(planned, keys, [MetaBatch.of(2, 40)] * 2, CPU)
+    assert got.peak() == want.peak()
+    assert Counter(bytes_in_order(got)) == Counter(bytes_in_order(want))
+
+
+@pytest.mark.parametrize("optimizer", [{"optimizer": "adamw8"}, {"master_weights": False}])
+def test_every_optimizer_is_the_real_one(folder: Path, optimizer: dict[str, Any]) -> None:
+    keys = TrainKeys(**optimizer)
+    real = load(folder, scheme_from("nf4"))
+    planned = build(copy.deepcopy(real.config), scheme_from("nf4"))
+    for model in (real, planned):
+        adapt(model, AdapterSpec("lora", options={"rank": 128}))  # large enough for states of 8 bits
+    ids = torch.randint(0, real.config.vocab_size, (2, 40))
+    want, _ = step_trace(real, keys, [Batch(ids, torch.ones_like(ids), ids.clone())], CPU)
+    got, _ = step_trace(planned, keys, [MetaBatch.of(2, 40)], CPU)
+    assert bytes_in_order(got) == bytes_in_order(want)
+
+
+def test_trained_positions_and_padding_are_the_batch_s(folder: Path) -> None:
+    real = load(folder, scheme_from("nf4"))
+    planned = build(copy.deepcopy(real.config), scheme_from("nf4"))
+    for model in (real, planned):
+        adapt(model, AdapterSpec("lora"))
+    ids = torch.randint(0, real.config.vocab_size, (2, 40))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[1, 30:] = 0
+    labels[1, 30:], labels[:, :20] = -100, -100
+    trained = int((labels[:, 1:] != -100).sum())
+    want, _ = step_trace(real, TrainKeys(), [Batch(ids, mask, labels)], CPU)
+    got, _ = step_trace(planned, TrainKeys(), [MetaBatch.of(2, 40, trained, padded=True)], CPU)
+    assert bytes_in_order(got) == bytes_in_order(want)
+
+
+@pytest.mark.parametrize("embeddings", [None, "int8"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_planned_model_holds_what_the_loaded_one_does(tmp_path: Path, embeddings: str | None, tied: bool) -> None:
+    tiny.saved("llama-tied" if tied else "llama", tmp_path)
+    scheme = scheme_from(embeddings) if embeddings else None
+    real = load(tmp_path, scheme_from("nf4"), embeddings=scheme)
+    planned = build(real.config, scheme_from("nf4"), embeddings=scheme)
+
+    def shapes(model: Any) -> dict[str, tuple[Any, ...]]:
+        return {name: (tuple(t.shape), t.dtype) for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+    assert shapes(planned) == shapes(real)
+
+
+# ---- few layers are all
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(("checkpointing", "accumulate"), [(True, 3), (False, 1)])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_few_layers_extended_are_all_layers(family: str, checkpointing: bool, accumulate: int, device: Any) -> None:
+    keys, layers = TrainKeys(checkpointing=checkpointing, accumulate=accumulate), 10 if family == "gemma2" else 7
+    batch = MetaBatch.of(2, 48, padded=True)
+    got, _ = planned_trace(lambda: made(family, layers), keys, batch, device)
+    want, _ = step_trace(made(family, layers), keys, [batch] * min(2, accumulate), device)
+    assert len(pattern(made(family, layers)).traced()) < layers
+    assert bytes_in_order(got) == bytes_in_order(want)
+    assert [got.segments[at] for at in got.at] == [want.segments[at] for at in want.at]
+    event = want.peak()[1]
+    assert got.where[got.events[event]] == want.where[want.events[event]]
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"lora"}))
+def test_every_method_is_extended(method: str) -> None:
+    batch = MetaBatch.of(1, 48)
+    got, _ = planned_trace(lambda: made(layers=7, method=method), TrainKeys(), batch, CPU)
+    want, _ = step_trace(made(layers=7, method=method), TrainKeys(), [batch], CPU)
+    assert bytes_in_order(got) == bytes_in_order(want)
+
+
+def test_layers_that_do_not_repeat_are_all_traced() -> None:
+    model = made(layers=9)
+    _, layers = find_layers(model)
+    layers[4].mlp.down_proj = made(layers=1, scheme="int8").model.layers[0].mlp.down_proj
+    found = pattern(model)
+    assert found.layers == 9 and found.traced() == list(range(9))
+
+
+def test_adapters_on_some_layers_only_are_planned_as_they_are() -> None:
+    """Nothing below the first adapter is differentiated."""
+
+    def make() -> Any:
+        model = build(FAMILIES["llama"](12), scheme_from("nf4"))
+        adapt(model, AdapterSpec("lora", targets=("model.layers.1[01].*",)))
+        return model
+
+    batch = MetaBatch.of(1, 48)
+    got, _ = planned_trace(make, TrainKeys(checkpointing=False), batch, CPU)
+    want, _ = step_trace(make(), TrainKeys(checkpointing=False), [batch], CPU)
+    everywhere, _ = planned_trace(lambda: made(layers=12), TrainKeys(checkpointing=False), batch, CPU)
+    assert bytes_in_order(got) == bytes_in_order(want)
+    assert got.peak()[0] < everywhere.peak()[0]
+
+
+# ---- what the plan says
+
+
+def recipe(model: str, *overrides: str) -> Recipe:
+    return Recipe.load({"model": model}, overrides, training=False)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("model", ["smollm2-135m", "gpt2"])
+def test_the_rows_add_up_to_the_peak(model: str, checkpointing: str, device: Any) -> None:
+    found = plan_recipe(recipe(model, f"train.checkpointing={checkpointing}"), device)
+    assert sum(item.nbytes for item in found.items) == found.process == sum(found.groups.values())
+    assert found.allocated <= found.reserved < found.process
+    trained = found.trained * 2
+    assert found.groups["adapters"] == trained and found.groups["optimizer"] >= 6 * trained
+    assert found.parameters == found.model.parameters
+    assert found.moment.part in (BACKWARD, LOSS) and all(item.nbytes > 0 for item in found.items)
+
+
+def test_rows_say_what_a_byte_is_for() -> None:
+    trace, whole = planned_trace(lambda: made(layers=8), TrainKeys(), MetaBatch.of(2, 100), GPU)
+    event = max(i for i, at in enumerate(trace.at) if trace.segments[at].part == LOSS)  # all layers are forward
+    rows = rows_of(trace, whole, event, True)
+    assert sum(rows.values()) == sum(trace.sizes[block] for block in trace.alive(event))
+    linear = sum(m.shape[0] * m.shape[1] for m in whole.modules() if hasattr(m, "packed"))
+    assert rows["weights", "nf4 codes"] == linear // 2
+    assert rows["weights", "embeddings"] == rows["weights", "head"] == 512 * 64 * 2
+    boundaries = rows["activations", "checkpoint boundaries"]
+    assert boundaries == 7 * (2 * 100 * 64 * 2)  # the first layer's is the embedding's result
+    assert rows["optimizer", "states and master weights"] >= 12 * sum(
+        p.numel() for p in whole.parameters() if p.requires_grad
+    )
+
+
+def test_experts_are_counted_once() -> None:
+    assert parameters_of(made("mixtral", 2)) > 2 * 4 * 3 * 64 * 128
+
+
+def test_more_of_anything_never_takes_less(folder: Path) -> None:
+    def peak(*overrides: str) -> int:
+        return plan_recipe(recipe(str(folder), "data.max_length=64", "train.micro_batch=4", *overrides), GPU).allocated
+
+    base = peak()
+    assert peak("train.micro_batch=8") > base > peak("train.micro_batch=2")
+    assert peak("train.checkpointing=false") > base
+    assert peak("adapter.rank=64") > base > peak("train.master_weights=false")
+    assert peak("scheme=int8") > base
+
+
+def test_a_sequence_beyond_the_positions_is_refused() -> None:
+    with pytest.raises(
+        QtuneError, match=r"data.max_length is 9,000, beyond the 8,192 positions of smollm2-135m; legal"
+    ):
+        plan_recipe(recipe("smollm2-135m", "data.max_length=9000"), GPU)
+
+
+def test_an_architecture_that_asks_for_values_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    own = LlamaRotaryEmbedding.forward
+
+    def forward(self: Any, x: Tensor, *rest: Any, **more: Any) -> Any:
+        return own(self, x + 1 if bool((x > 3).any()) else x, *rest, **more)
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", forward)
+    with pytest.raises(QtuneError, match=r"LlamaConfig cannot be planned: it asks for a value that aten::any computes"):
+        plan_recipe(recipe("smollm2-135m"), GPU)
+
+
+def test_the_public_function_plans() -> None:
+    found = qtune.plan({"model": "smollm2-135m"}, device="rtx3060", overrides=["data.max_length=128"], budget="1GiB")
+    assert found.device.key == "rtx3060" and found.budget == 2**30 and found.shape.length == 128
+
+
+# ---- the tracer
+
+
+def test_a_storage_is_born_once_and_released_with_its_last_tensor() -> None:
+    tracer = Tracer(("cpu",), scratch=lambda op, args: {})
+    with tracer:
+        a = torch.empty(100, dtype=torch.uint8)
+        view = a[10:]
+        b = a + 1
+        del a
+        c = b.view(10, 10)
+        del b, view
+    trace = tracer.stop()
+    assert trace.sizes == [100, 100] and trace.events == [0, 1, ~0] and c.numel() == 100
+    assert trace.peak() == (200, 1) and trace.alive(2) == [1]
+
+
+def test_declared_scratch_is_released_with_the_op_and_buffers_only_grow() -> None:
+    sizes = iter([{"temporary": 7, "arena": 50}, {"arena": 20}, {"arena": 60}])
+    tracer = Tracer(("cpu",), scratch=lambda op, args: next(sizes))
+    with tracer:
+        kept = [torch.empty(4, dtype=torch.uint8) for _ in range(3)]
+    trace = tracer.stop()
+    assert bytes_in_order(trace) == [50, 4, 7, -7, 4, -50, 60, 4] and len(kept) == 3
+
+
+# ---- the trainer keeps to it
+
+
+@pytest.mark.parametrize("budget", ["1TB", "100MB"])
+def test_train_does_not_start_beyond_its_budget(
+    tmp_path: Path, budget: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = replace(runs_helper.recipe(tmp_path, train__steps=2), budget=budget)
+    if budget == "1TB":
+        assert train(made, screen=Screen()).steps == 2
+        assert f"of the budget of {budget}, for longest example" in capsys.readouterr().out
+        return
+    with pytest.raises(QtuneError, match=r"the plan's peak is [0-9.]+ .iB on .*, beyond the budget of 95.4 MiB; "):
+        train(made)
+    assert not (Path(made.output or "") / "adapter.safetensors").exists()
