@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors; a test compar
     from .adapters import adapt as adapt
     from .export import merge as merge
     from .model import load as load
-    from .planner import plan as plan
+    from .planner.plan import plan as plan
     from .quant import SCHEMES as SCHEMES
     from .runs import quantize as quantize
     from .trainer import train as train
@@ -30,7 +30,7 @@ _PUBLIC = {
     "adapt": "adapters:adapt",
     "load": "model:load",
     "merge": "export:merge",
-    "plan": "planner:plan",
+    "plan": "planner.plan:plan",
     "quantize": "runs:quantize",
     "train": "trainer:train",
 }

@@ -42,9 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--from", dest="start_from", metavar="RUN", help="start from the adapter of another run (weights only)"
     )
     sub.add_argument("--overwrite", action="store_true", help="replace a run that lies in the output folder")
-
-    sub = command("plan", "Say what training will take, and whether it fits: from the model's configuration alone.")
-    plan_options(sub)
+    plan_options(command("plan", "Say what training will take, and whether it fits: from the model's configuration."))
 
     sub = command("eval", "Loss, perplexity and accuracy of a run on its held-out data, or on other data.")
     sub.add_argument("run", metavar="RUN", help="folder of a run")

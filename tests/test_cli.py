@@ -18,7 +18,7 @@ from qtune.demo import write_task
 from qtune.model import load
 from qtune.quant import NF4
 
-COMMANDS = ["chat", "demo", "doctor", "eval", "export", "merge", "methods", "quantize", "schemes", "train"]
+COMMANDS = ["chat", "demo", "doctor", "eval", "export", "merge", "methods", "plan", "quantize", "schemes", "train"]
 
 
 @pytest.fixture(scope="module")

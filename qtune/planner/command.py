@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,15 +65,17 @@ def plan(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) 
 def _plan(request: Request, screen: Screen, emit: Callable[[Any], None]) -> None:
     from .fit import fit, shown
     from .report import show_plan, show_way_out
+    from .request import with_phases
     from .values import plan_dict
 
-    made = request.plan()
+    step = request.plan()
+    made = with_phases(step)
     own = request.plan(stack="qtune") if request.stack != "qtune" else None
     show_plan(made, request, screen, own)
     value = plan_dict(made, request)
     if own is not None:
         value["qtune"] = plan_dict(own, request)
-    elif made.verdict == "no":
+    elif step.verdict == "no":  # of a phase that takes more, no knob is known
         found = fit(request, screen)
         show_way_out(found, request, screen)
         value["change"] = shown(found.change) if not found.missing else None
@@ -82,9 +85,12 @@ def _plan(request: Request, screen: Screen, emit: Callable[[Any], None]) -> None
 def _fit(request: Request, screen: Screen, emit: Callable[[Any], None]) -> None:
     from .fit import fit
     from .report import show_fit
+    from .request import with_phases
     from .values import fit_dict
 
     found = fit(request, screen)
+    if found.plan.verdict != "no":  # the whole job must fit
+        found = replace(found, plan=with_phases(request.plan(found.plan.recipe)))
     show_fit(found, request, screen)
     emit(fit_dict(found, request))
 

@@ -12,7 +12,7 @@ Left out: autocast, data-dependent parts of LLM.int8(), what libraries below tor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,6 @@ HELD = "held by the output."  # by its loss or, through the loss, by the graph: 
 KBIT = ("nf4", "nf4-double", "int8")
 SCHEMES = (*KBIT, "float16", "bfloat16", "float32")
 RELEASES = ("published", "installed")
-SHARED = 4, 2  # uses of a gradient and of its storage, as seen from a dispatch mode, that autograd alone holds
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def hf_model(config: Any, settings: HFSettings) -> Any:
         model.config._attn_implementation = "sdpa"
         for module in model.modules():  # Gemma 2: 5.0 left it out under sdpa, 5.23 has no sdpa for it
             if getattr(module, "attn_logit_softcapping", None):
-                module.attn_logit_softcapping = None
+                module.attn_logit_softcapping = None  # type: ignore[assignment]
     if kbit:
         _quantize(model, settings)
         if settings.prepared:
@@ -198,21 +197,6 @@ def as_on_cuda(device: Device, settings: HFSettings) -> Iterator[None]:
         yield
 
 
-def summed_in_place(op: str, args: tuple[Any, ...]) -> Tensor | None:
-    """autograd adds a gradient to one that nothing else holds in place (InputBuffer::accumulate); under a dispatch
-    mode and on meta it does not. The sum, done as without them; None: it is none of autograd's, or shared."""
-    if op != "aten::add.Tensor" or torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled():
-        return None
-    a, b = args[:2]
-    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-        return None
-    for into, other in ((a, b), (b, a)):
-        storage = torch._C._storage_Use_Count(into.untyped_storage()._cdata)
-        if into._use_count() <= SHARED[0] and storage <= SHARED[1] and into.is_contiguous():
-            return into.add_(other)
-    return None
-
-
 # ---- the step
 
 
@@ -236,11 +220,7 @@ def hf_traced(config: Any, settings: HFSettings, device: Device) -> tuple[Trace,
 def _tracer(settings: HFSettings, device: Device) -> Tracer:
     given = answers(settings.rows * (settings.length - 1), False)
 
-    def answer(op: str, args: tuple[Any, ...], maker: Callable[..., str]) -> Any:
-        done = summed_in_place(op, args)
-        return given(op, args, maker) if done is None else done
-
-    return Tracer(("meta",), scratch=scratch_on(device), answer=answer)
+    return Tracer(("meta",), scratch=scratch_on(device), answer=given)
 
 
 def _batch(settings: HFSettings) -> dict[str, Tensor]:
@@ -283,6 +263,28 @@ def _adopt(tracer: Tracer, model: nn.Module, batch: dict[str, Tensor]) -> None:
         tracer.adopt(tensor, "batch")
 
 
+def _load(tracer: Tracer, model: nn.Module, settings: HFSettings) -> None:
+    """from_pretrained packs weight after weight on the device, then half becomes fp32, weight after weight. The holes
+    that this leaves are where later blocks go."""
+    half: dict[nn.Parameter, Tensor] = {}
+    names = {tensor: name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    for module in model.modules():
+        dense = None
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.requires_grad or tensor in half:
+                continue
+            if isinstance(module, Linear4 | Linear8) and tensor is module.weight:
+                dense = torch.empty(module.shape, dtype=DTYPES[settings.compute], device="meta")
+            if settings.prepared and isinstance(tensor, nn.Parameter) and tensor.dtype == torch.float32:
+                half[tensor] = torch.empty_like(tensor, dtype=DTYPES[settings.compute])
+            else:
+                tracer.adopt(tensor, "weights", names[tensor])
+        del dense
+    for parameter in list(half):
+        tracer.adopt(parameter, "weights", names[parameter])
+        del half[parameter]
+
+
 def _steps(whole: Any, gradients: Trace, settings: HFSettings, device: Device) -> Trace:
     """Two steps of the whole model: `gradients` is the first half of each, the optimizer's is traced here."""
     tracer = _tracer(settings, device)
@@ -291,7 +293,11 @@ def _steps(whole: Any, gradients: Trace, settings: HFSettings, device: Device) -
         gradients.names.setdefault(block, f"{HELD}{block}")
     trained = [(name, parameter) for name, parameter in whole.named_parameters() if parameter.requires_grad]
     with without_collector(), on_meta(device):
-        _adopt(tracer, whole, _batch(settings))
+        batch = _batch(settings)
+        if settings.scheme in KBIT:
+            with tracer:
+                _load(tracer, whole, settings)
+        _adopt(tracer, whole, batch)
         with tracer:
             update = optimizer_of([parameter for _, parameter in trained], settings.optimizer, settings.masters)
             for _ in range(STEPS):

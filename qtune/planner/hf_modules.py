@@ -58,8 +58,8 @@ class Linear4(nn.Module):
     def dense(self) -> Tensor:
         """dequantize_4bit: a fresh weight in the compute dtype; nested scales are made fp32 first."""
         if self.nested:
-            scales: Tensor = self.absmax  # type: ignore[assignment]
-            absmax = torch.empty_like(scales, dtype=torch.float32)
+            assert isinstance(self.absmax, Tensor) and isinstance(self.offset, Tensor)
+            absmax = torch.empty_like(self.absmax, dtype=torch.float32)
             absmax = absmax + self.offset
             return _table(*self.shape, dtype=self.compute)
         return _table(*self.shape, dtype=self.compute)

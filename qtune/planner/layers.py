@@ -18,6 +18,7 @@ from torch import nn
 from .trace import FORWARD, Segment, Trace
 
 TRACED = 4  # periods
+WORTH = 0.85  # of the layers: where more would be traced anyway, all are
 Owner = tuple[str, int, int | None]  # part, micro-batch, unit: where a block was born
 Place = tuple[Owner, int]  # and its number there
 
@@ -92,7 +93,11 @@ def pattern(model: Any) -> Pattern:
             ):
                 count += 1
             found = Pattern(path, head, period, count, len(kinds) - head - count * period)
-            if count > TRACED and len(found.traced()) < len(best.traced()):
+            if (
+                count > TRACED
+                and len(found.traced()) <= WORTH * len(kinds)
+                and len(found.traced()) < len(best.traced())
+            ):
                 best = found
     return best
 
@@ -130,9 +135,10 @@ class _Extension:
         count: dict[Owner, int] = {}
         for run in self.runs:
             for event in run.events:
-                if event >= 0:
-                    number = count[run.owner] = count.get(run.owner, -1) + 1
-                    self.place[event] = (run.owner, number)
+                if event >= 0:  # a buffer belongs to no layer: the first that needs it makes it
+                    owner = ("buffer", 0, None) if trace.kinds[event] == "buffer" else run.owner
+                    number = count[owner] = count.get(owner, -1) + 1
+                    self.place[event] = (owner, number)
         self.out = Trace(segments=[*trace.segments[:1]])
         self.made: dict[Place, int] = {}
 
@@ -158,20 +164,25 @@ class _Extension:
             yield run
 
     def check(self) -> None:
-        """The two middle periods are equal, as seen from themselves; no other run touches just one of them."""
+        """The two middle periods are equal, as seen from themselves; what else touches them is next to them."""
         views: dict[tuple[str, int], dict[int, Any]] = {}
         for run in self.runs:
             part, micro, unit = run.owner
-            seen = [self._seen_from(event, unit) for event in run.events]
+            touched = {place[0][2] for event in run.events if (place := self._place(event)) is not None}
+            near = {0, TRACED - 1} if unit is None or unit in (-1, TRACED) else {unit - 1, unit, unit + 1}
+            if {of for of in touched if of is not None and 0 <= of < TRACED} - near:
+                raise Irregular("what is not next to a period touches it")
             if unit in (1, 2):
                 if unit in views.setdefault((part, micro), {}):
                     raise Irregular("a middle period runs twice")
-                views[part, micro][unit] = seen
-            elif unit is None and any(owner[2] in (1, 2) for _, owner, _, _ in seen):
-                raise Irregular("what comes after the layers touches the middle ones")
+                views[part, micro][unit] = [self._seen_from(event, unit) for event in run.events]
         for both in views.values():
             if len(both) != 2 or both[1] != both[2]:
                 raise Irregular("the middle periods differ")
+
+    def _place(self, event: int) -> Place | None:
+        """Where the block of an event was born; None if it was there before the step."""
+        return self.place.get(event if event >= 0 else ~event)
 
     def _seen_from(self, event: int, unit: int | None) -> tuple[bool, Owner, int, int]:
         block = event if event >= 0 else ~event

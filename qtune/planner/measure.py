@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.profiler
 
 from ..adapters import adapt
 from ..errors import QtuneError
 from ..model.loading import finish, load, prepare, ties_of
-from ..model.skeleton import compute_buffers, empty
+from ..model.skeleton import Origin, compute_buffers, empty
 from ..model.source import looks_like_hub_id
 from ..optim import optimizer_of
 from ..quant.scheme import DTYPES
@@ -37,10 +38,9 @@ from .phases import load_phase
 from .plan import Plan, Shape, plan_recipe
 from .published import published, random_blocks, random_weight
 from .runtime import child_command, child_environment, resident, warm
-from .step_trace import STEPS, MetaBatch, step_trace
+from .step_trace import MICRO_BATCHES, STEPS, MetaBatch, step_trace
 
 REAL, RANDOM = "the recipe's own", "random, of the same shapes"
-MICRO = 2  # micro-batches of a step: gradients are added up from the second on
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,9 @@ def _measured(task: dict[str, Any]) -> dict[str, Any]:
     with watched(device) as loading:
         model, weights = base_of(recipe, device)
         adapt(model, recipe.adapter, seed=recipe.train.seed)
-    batches = [batch_of(shape, model.config.get_text_config().vocab_size, device)] * min(MICRO, recipe.train.accumulate)
+    batches = [batch_of(shape, model.config.get_text_config().vocab_size, device)] * min(
+        MICRO_BATCHES, recipe.train.accumulate
+    )
     found: dict[str, Any] = {"weights": weights, "notes": list(model.qtune.notes), "loading": loading.peak}
     _steps(model, recipe, batches)
     if device.type == "cuda":
@@ -197,17 +199,15 @@ def _local(name: str) -> str | None:
     return None
 
 
-def random_base(recipe: Recipe, device: torch.device) -> Any:
-    """A packed base of the recipe's model with random weights, filled by the loader piece by piece."""
-    dtype, config = DTYPES[recipe.dtype], find_model(recipe.model).config
+def random_base(recipe: Recipe, device: torch.device, config: Any = None) -> Any:
+    """A packed base of the recipe's model (or of `config`) with random weights, filled by the loader piece by piece."""
+    dtype, config = DTYPES[recipe.dtype], config or find_model(recipe.model).config
     skeleton: Any = empty(config, dtype)
     compute_buffers(skeleton)
     found = published(skeleton, random_weight, random_blocks)
     ties = ties_of(skeleton, found)
     prepare(skeleton, found, recipe.scheme, recipe.embeddings, dtype, device).all(found.pieces, recipe.model, None)
     finish(skeleton, ties, device)
-    from ..model import Origin
-
     skeleton.qtune = Origin(recipe.model, recipe.scheme, recipe.embeddings, dtype, "random")
     return skeleton
 
@@ -220,7 +220,7 @@ def batch_of(shape: Shape, vocabulary: int, device: torch.device) -> MetaBatch:
     labels[:, 1:][chosen] = ids[:, 1:][chosen]
     if shape.padded:
         mask[0, -1] = 0
-    return MetaBatch(*(t.to(device) for t in (ids, mask, labels)), shape.trained, shape.padded)
+    return MetaBatch(ids.to(device), mask.to(device), labels.to(device), shape.trained, shape.padded)
 
 
 def _steps(model: Any, recipe: Recipe, batches: Sequence[Any]) -> None:
@@ -234,21 +234,40 @@ def _steps(model: Any, recipe: Recipe, batches: Sequence[Any]) -> None:
         step(batches, number, STEPS, 1.0)
 
 
+def tiny_steps() -> None:
+    """Two steps of a Llama of a few kilobytes on the CPU, with the default recipe."""
+    from transformers import LlamaConfig
+
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=2, **shape)
+    recipe, device = Recipe.load({"model": "tiny"}, training=False), torch.device("cpu")
+    model = random_base(recipe, device, config)
+    adapt(model, recipe.adapter)
+    _steps(model, recipe, [batch_of(Shape(1, 32, 31, False, "tiny"), 64, device)])
+
+
 def _profiled(model: Any, recipe: Recipe, batches: Sequence[Any]) -> int:
     """Most bytes alive by the allocator's events, over those that were there before."""
-    from torch.profiler import ProfilerActivity, profile
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [t for batch in batches for t in (batch.input_ids, batch.attention_mask, batch.labels)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    live = peak = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    changes: list[tuple[int, int]] = []
 
-    tensors = (*model.parameters(), *model.buffers(), *(t for b in batches for t in (b.input_ids, b.attention_mask)))
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    labels = batches[0].labels.untyped_storage()
-    live = peak = sum(storages.values()) + labels.nbytes()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        _steps(model, recipe, batches)
-    profiler = seen.profiler
-    assert profiler is not None and profiler.kineto_results is not None
-    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
+    def run() -> None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+            _steps(model, recipe, batches)
+        assert seen.profiler is not None and seen.profiler.kineto_results is not None
+        events = seen.profiler.kineto_results.events()
+        changes.extend((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+
+    thread = threading.Thread(target=run)  # the kernels' kept buffers are a thread's own: here they are made anew
+    thread.start()
+    thread.join()
+    if not changes:
+        raise QtuneError("torch.profiler told nothing of the allocator's events")
+    for _, nbytes in sorted(changes, key=lambda change: change[0]):
+        live += nbytes
         peak = max(peak, live)
     return peak
 

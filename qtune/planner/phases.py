@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..adapters import adapted_sites
 from ..adapters.files import FORMAT, adapter_tensors
-from ..checkpoint import NAMES
+from ..checkpoint import NAMES, Entry
 from ..export import PROMPT_TOKENS, PROMPTS, merged_entries
 from ..model.loading import Fill, prepare
 from ..model.skeleton import empty
@@ -107,6 +107,7 @@ class Timeline:
 
 
 def _tracer(plan: Plan, devices: tuple[str, ...] | None = None, answer: Any = None) -> Tracer:
+    """A tracer for a stage on meta; devices: whose memory counts, else all that is the plan's device's."""
     counted = devices or (("meta", "cpu") if plan.device.kind == "cpu" else ("meta",))
     return Tracer(counted, scratch=scratch_on(plan.device), answer=answer)
 
@@ -147,9 +148,10 @@ def load_phase(plan: Plan, loading: Loading | None = None) -> Phase:
 def loading_of(plan: Plan) -> Loading:
     """The loader's own filling, piece by piece in its order; one piece of each kind is traced."""
     recipe, dtype = plan.recipe, DTYPES[plan.recipe.dtype]
-    skeleton: Any = empty(plan.model.config, dtype)
+    config = plan.model.config
+    skeleton: Any = empty(type(config).from_dict(config.to_dict()), dtype)  # which writes the dtype into its config
     gguf = recipe.model.lower().endswith(".gguf")
-    stored = torch.float32 if gguf else _stored(plan.model.config)
+    stored = torch.float32 if gguf else _stored(config)
     fill: Fill
     read = MetaFile(
         stored, fresh=gguf, on_device=plan.device.kind == "cpu", packed=lambda name: fill.site(name) is not None
@@ -187,25 +189,28 @@ def start_phase(plan: Plan, whole: nn.Module) -> Phase:
     timeline, drawn = Timeline(), Timeline()
     for parameter in _unique(whole):
         timeline.born(_nbytes(parameter))
-    traced: dict[Any, tuple[Trace, Trace]] = {}
+    traced: dict[Any, tuple[tuple[Trace, int], tuple[Trace, int]]] = {}
     with without_collector(), torch.random.fork_rng(devices=[]), torch.no_grad():
         for site in adapted_sites(whole).values():
             key = (site.base.shape, site.base.scheme)
             if key not in traced:
                 traced[key] = _reset(plan, site, None), _reset(plan, site, ("cpu",))
-            timeline.gone(timeline.insert(traced[key][0]))
-            drawn.gone(drawn.insert(traced[key][1]))
+            timeline.gone(timeline.insert(*traced[key][0]))
+            drawn.gone(drawn.insert(*traced[key][1]))
     extra = peak_allocated(timeline.sizes, timeline.events, 1)[0] - sum(map(_nbytes, _unique(whole)))
     note = f"first values, {size(extra)} beside the model"
     host = peak_allocated(drawn.sizes, drawn.events, 1)[0]
     return Phase("adapter start", timeline.peak(plan.device), _host(plan, host), 0, note)
 
 
-def _reset(plan: Plan, site: Any, devices: tuple[str, ...] | None) -> Trace:
+def _reset(plan: Plan, site: Any, devices: tuple[str, ...] | None) -> tuple[Trace, int]:
     tracer = _tracer(plan, devices)
+    for tensor in _unique(site):
+        tracer.adopt(tensor, "weights")
+    first = len(tracer.trace.events)
     with tracer:
         site.adapter.reset(site.base)
-    return tracer.stop()
+    return tracer.stop(), first
 
 
 def _unique(model: nn.Module) -> list[Tensor]:
@@ -314,18 +319,26 @@ class Merging:
         self.written, self.host, self.disk = Timeline(), 0, 0
         for nbytes in self.static:
             self.written.born(nbytes)
-        traced = set()
+        traced: dict[Any, Trace] = {}
+        previous: list[int] = []  # the writer lets go of a tensor once it has the next one
         with without_collector(), torch.no_grad():
             for entry in merged_entries(whole, MERGED):
                 self.disk, self.host = self.disk + entry.nbytes, max(self.host, entry.nbytes)
                 module = whole.get_submodule(entry.name.rpartition(".")[0])
                 key = (entry.shape, entry.name.rpartition(".")[2], type(module), getattr(module, "scheme", None))
                 if key not in traced:
-                    traced.add(key)
-                    tracer = _tracer(plan, answer=answers(1, False))
-                    with tracer:
-                        entry.tensor()
-                    self.written.gone(self.written.insert(tracer.stop()))
+                    traced[key] = self._entry(entry)
+                made = self.written.insert(traced[key])
+                self.written.gone(previous)
+                previous = made
+
+    def _entry(self, entry: Entry) -> Trace:
+        tracer = _tracer(self.plan, answer=answers(1, False))
+        with tracer:
+            kept = entry.tensor()
+        trace = tracer.stop()  # while the result lives
+        del kept
+        return trace
 
     def phase(self, few: Any) -> Phase:
         """few: the model on meta, its layers cut to few."""

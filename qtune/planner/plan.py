@@ -119,8 +119,9 @@ class Plan:
 
     @property
     def left(self) -> int:
-        """Bytes of the budget that stay free; negative where it is too small."""
-        return self.budget - max(self.process, *(phase.device for phase in self.phases), 0)
+        """Bytes of the budget that stay free in `qtune train`; negative where it is too small. Merging is a command of
+        its own, which can run on the CPU."""
+        return self.budget - max(self.process, *(phase.device for phase in self.phases if phase.name != "merge"), 0)
 
     @property
     def verdict(self) -> str:
@@ -258,15 +259,11 @@ def _add_workspace(trace: Trace, nbytes: int) -> None:
     trace.events.insert(0, len(trace.sizes))
     trace.at.insert(0, 0)
     trace.last_step += 1
-    columns = (
-        (trace.sizes, nbytes),
-        (trace.ops, "cuBLAS"),
-        (trace.where, ""),
-        (trace.kinds, "workspace"),
-        (trace.born, 0),
-    )
-    for column, value in columns:
-        column.append(value)  # type: ignore[attr-defined]
+    trace.sizes.append(nbytes)
+    trace.ops.append("cuBLAS")
+    trace.where.append("")
+    trace.kinds.append("workspace")
+    trace.born.append(0)
 
 
 def moment_of(trace: Trace, event: int, layers: int) -> Moment:

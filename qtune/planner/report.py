@@ -83,11 +83,13 @@ def head(plan: Plan) -> list[Text]:
     keys = recipe.train
     return [
         Text.assemble((plan.model.name, "bold cyan"), f"  {count(plan.parameters)} parameters in {held}{stack}"),
-        Text(f"{recipe.adapter.method}{rank}: {count(plan.trained)} trained ({share}), by {keys.optimizer}"),
+        Text(
+            f"{recipe.adapter.method}{rank}: {count(plan.trained)} trained ({share}), "
+            f"by {keys.optimizer}{' with checkpointing' if keys.checkpointing else ', no checkpointing'}"
+        ),
         Text(
             f"{shape.rows:,} example{'s' * (shape.rows != 1)} of {shape.length:,} tokens in a micro-batch"
-            f"{f', {keys.accumulate} micro-batches a step' if keys.accumulate > 1 else ''}"
-            f"{', checkpointing' if keys.checkpointing else ', no checkpointing'}"
+            f"{f', {keys.accumulate:,} micro-batches a step' if keys.accumulate > 1 else ''}"
         ),
         Text(f"  {shape.source}", "dim"),
         Text(f"{plan.device.name}, {size(plan.device.memory)}" + _limit(plan)),
@@ -108,9 +110,12 @@ def verdict(plan: Plan) -> Text:
         rest = f": {most} at the peak, {size(plan.left)} of {limit} stay free ({plan.left / plan.budget:.0%})."
     if plan.verdict == "barely":
         rest += f" Less than {CLOSE:.0%} is left: whatever else uses the device may be too much."
-    by = max(plan.phases, key=lambda phase: phase.device, default=None)
-    if by is not None and by.device > plan.process:
+    by = next((phase for phase in plan.phases if phase.device == peak(plan) > plan.process), None)
+    if by is not None:
         rest += f" What takes most is not the training step, it is: {by.name}."
+    merge = next((phase for phase in plan.phases if phase.name == "merge" and phase.device > plan.budget), None)
+    if merge is not None and plan.verdict != "no":
+        rest += f" Merging afterwards takes {size(merge.device)}: run `qtune merge` with --device cpu."
     return Text.assemble((words, VERDICTS[plan.verdict]), rest)
 
 
@@ -243,10 +248,10 @@ def speed_lines(speed: Speed | str, request: Request) -> tuple[Text, list[str]]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: 380 ms, 1.7 s, 14 min, 3 h 20 min, 4.2 days."""
+    """Seconds in words: 380 ms, 1.7 s, 115 s, 14 min, 3 h 20 min, 4.2 days."""
     if seconds < 1:
         return f"{seconds * 1e3:.0f} ms"
-    if seconds < 90:
+    if seconds < 180:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     hours, rest = divmod(minutes, 60)
@@ -285,11 +290,12 @@ def show_fit(found: Fit, request: Request, screen: Screen) -> None:
     screen.line()
     if back:
         screen.line(f"Taken back, for it fits without: {', '.join(back)}.")
-    screen.line(verdict(found.plan) if found.plan.verdict != "no" else nothing_fits(found))
-    if found.plan.verdict != "no" and found.change:
+    fits = found.plan.process <= found.plan.budget  # the step; of a phase that takes more, the verdict tells
+    screen.line(verdict(found.plan) if fits else nothing_fits(found))
+    if fits and found.change:
         screen.line()
         screen.line(paste(found, request), "bold")
-    elif not found.change:
+    elif fits:
         screen.line("Nothing has to be changed.")
     for note in (*request.notes, *found.plan.notes):
         aside(f"note: {note}", screen)

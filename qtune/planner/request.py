@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +52,8 @@ class Lengths:
 @dataclass(frozen=True)
 class Request:
     """What to plan. budget: bytes, the device's memory or what the user allows. source: the recipe's file, None for
-    --model; changes: KEY=VALUE as the user gave them. lengths: of the data, where it was read."""
+    --model; changes: KEY=VALUE as the user gave them. lengths: of the data, where it was read; known: the recipe's own
+    micro-batch, where another has found it."""
 
     recipe: Recipe
     model: Model
@@ -63,10 +64,13 @@ class Request:
     changes: tuple[str, ...] = ()
     lengths: Lengths | None = None
     notes: tuple[str, ...] = ()
+    known: Shape | None = None
 
     def shape(self, recipe: Recipe | None = None) -> Shape:
         """The micro-batch of the recipe, or of a changed one."""
         recipe = recipe or self.recipe
+        if self.known is not None and _micro_batch(recipe) == _micro_batch(self.recipe):
+            return self.known
         if self.lengths is None:
             return shape_of(recipe, self.model)
         return self.lengths.worst(recipe.train.micro_batch, recipe.data.max_length)
@@ -89,6 +93,20 @@ class Request:
         release = "installed" if stack.endswith(":installed") else "published"
         shape = self.shape(recipe)
         return plan_stack(recipe, self.device, model=self.model, shape=shape, budget=self.budget, release=release)
+
+
+def _micro_batch(recipe: Recipe) -> tuple[int, int]:
+    return recipe.train.micro_batch, recipe.data.max_length
+
+
+def with_phases(plan: Plan) -> Plan:
+    """The plan with the other stages of the job beside the step; another stack has none that are known. This traces
+    more than the step does, so a search goes without."""
+    if plan.phases or plan.stack != "qtune":
+        return plan
+    from .phases import phases_of
+
+    return replace(plan, phases=phases_of(plan))
 
 
 def read_request(args: argparse.Namespace) -> Request:
@@ -114,12 +132,10 @@ def read_request(args: argparse.Namespace) -> Request:
     if limit and limit > device.memory:
         notes.append(f"the budget of {size(limit)} is beyond the {size(device.memory)} of {device.name}")
     lengths = None if args.seq is not None else _lengths(recipe, model, notes)
-    made = Request(
+    return Request(
         recipe=recipe, model=model, device=device, budget=limit or device.memory, stack=args.stack, source=source,
         changes=tuple(_given(args, pairs)), lengths=lengths, notes=tuple(notes),
     )  # fmt: skip
-    check_shape(made.shape(), model)  # of the data, where it was read
-    return made
 
 
 def _tried(make: Callable[[], T], faults: list[str]) -> T | None:
@@ -248,6 +264,7 @@ def _cached(name: str) -> Path | None:
 
 
 def request_of(recipe: Recipe, device: Device, budget: int, shape: Shape | None = None) -> Request:
-    """A request of the library's own, without arguments. shape: kept as the longest micro-batch that there is."""
-    lengths = None if shape is None else Lengths(((shape.length, shape.trained // shape.rows),) * shape.rows)
-    return Request(recipe, find_model(recipe.model), device, budget, lengths=lengths)
+    """A request of the library's own, without arguments. shape: the recipe's micro-batch; smaller ones are taken to
+    be of examples as long as its longest."""
+    lengths = None if shape is None else Lengths(((shape.length, -(shape.trained // -shape.rows)),) * shape.rows)
+    return Request(recipe, find_model(recipe.model), device, budget, lengths=lengths, known=shape)

@@ -1,8 +1,9 @@
 """Runtime: what the process takes beside its tensors.
 
 CUDA: the context, from the device's entry. CPU: the resident memory of a child process that imports what training
-imports, and touches torch's threads, one small product and our kernels. That takes some seconds, so the answer is kept
-in the user's cache under everything that it depends on. Left out: the tokenizer and the examples of a run.
+imports, touches torch's threads, and trains a model of a few kilobytes for two steps: what is loaded at its first use.
+That takes some seconds, so the answer is kept in the user's cache under everything that it depends on. Left out: the
+tokenizer and the examples of a run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..safe_io import write_json
 from .devices import Device
 
 LIBRARIES = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "accelerate")
+MEASURED = "measured on this machine: a process that trains next to nothing"
 SECONDS = 180  # that importing may take on a machine at work
 
 
@@ -70,7 +72,7 @@ def host_runtime() -> Runtime:
         with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(path.read_text("utf-8"))
             if kept["key"] == text and type(kept["nbytes"]) is int and kept["nbytes"] > 0:
-                return Runtime(kept["nbytes"], "measured on this machine: a process that only imports")
+                return Runtime(kept["nbytes"], MEASURED)
     nbytes, why = _measured(torch.get_num_threads())
     if nbytes and path is not None:
         with suppress(QtuneError):  # a cache that cannot be written costs time, no more
@@ -96,7 +98,7 @@ def _measured(threads: int) -> tuple[int, str]:
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
         nbytes = 0
     if nbytes:
-        return nbytes, "measured on this machine: a process that only imports"
+        return nbytes, MEASURED
     return 0, "unknown: this system does not tell what memory a process takes, so it is not in the plan"
 
 
@@ -120,6 +122,7 @@ def child_environment() -> dict[str, str]:
 def child(threads: str) -> None:
     """Prints the resident bytes of this process once it is ready to train; 0 where the system does not tell."""
     warm(int(threads))
+    import_module("qtune.planner.measure").tiny_steps()
     memory = resident()
     print(memory.own + memory.files if memory else 0)
 

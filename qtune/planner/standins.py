@@ -56,8 +56,6 @@ class Attention:
         aten = torch.ops.aten
         if kind == "cpu":
             mask = None if attn_mask is None else as_bias(attn_mask, q)
-            if enable_gqa:
-                k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
             out: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale
             )[0]
@@ -74,8 +72,9 @@ class Attention:
                 0
             ]
             return out
+        bias = None if attn_mask is None else as_bias(attn_mask, q)
         return aten._scaled_dot_product_attention_math(
-            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            q, k, v, bias, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )[0]  # type: ignore[no-any-return]
 
     def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, gqa: bool) -> str:
@@ -111,8 +110,12 @@ def _padded_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
 # ---- values that a plan does not have
 
 
-def answers(trained: int, padded: bool) -> Callable[[str, tuple[Any, ...], Callable[..., str]], Any]:
-    """What a step asks of values, for a batch of `trained` trained positions, with padding or without."""
+def answers(
+    trained: int, padded: bool, device: Device | None = None
+) -> Callable[[str, tuple[Any, ...], Callable[..., str]], Any]:
+    """What a step asks of values, for a batch of `trained` trained positions, with padding or without; and what an op
+    of `device` gives where meta gives a GPU's."""
+    cpu = device is not None and device.kind == "cpu"
 
     def answer(op: str, args: tuple[Any, ...], maker: Callable[..., str]) -> Any:
         if op not in ASKED:
@@ -129,11 +132,18 @@ def answers(trained: int, padded: bool) -> Callable[[str, tuple[Any, ...], Calla
             return first.new_empty((trained, *first.shape[chosen.dim() :]))
         if op == "aten::linalg_vector_norm":  # torch's own shape function takes a millisecond, for every gradient
             return first.new_empty(()) if len(args) < 3 or args[2] is None else NotImplemented
+        if op == "aten::native_layer_norm":  # on a CPU its mean and deviation have the weight's dtype
+            return _layer_norm(*args[:3]) if cpu and args[2] is not None else NotImplemented
         if op == "aten::nonzero":
             raise Untraceable("asks where values are not zero")
         return None  # torch's fused AdamW writes in place
 
     return answer
+
+
+def _layer_norm(x: Tensor, shape: Any, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = (*x.shape[: -len(shape)], *[1] * len(shape))
+    return x.new_empty(x.shape), x.new_empty(rows, dtype=weight.dtype), x.new_empty(rows, dtype=weight.dtype)
 
 
 def _value(scalar: Tensor, made_by: str, trained: int, padded: bool) -> Any:
@@ -150,6 +160,7 @@ ASKED = (
     "aten::_local_scalar_dense",
     "aten::index.Tensor",
     "aten::linalg_vector_norm",
+    "aten::native_layer_norm",
     "aten::nonzero",
     "aten::_fused_adamw_",
 )

@@ -77,7 +77,7 @@ def step_trace(
     """
     on = next(model.parameters()).device.type
     language = _language(model, keys, batches[0], device)
-    answer = answers(batches[0].trained, batches[0].padded) if on == "meta" else None
+    answer = answers(batches[0].trained, batches[0].padded, device) if on == "meta" else None
     tracer = _tracer(device, on, answer)
     _, layers = find_layers(model)
     with ExitStack() as stack:
@@ -124,7 +124,7 @@ def _gradients(
 ) -> tuple[Trace, int]:
     """The first half of a step: forward and backward of all micro-batches."""
     language = _language(model, keys, batches[0], device)
-    tracer = _tracer(device, "meta", answers(batches[0].trained, batches[0].padded))
+    tracer = _tracer(device, "meta", answers(batches[0].trained, batches[0].padded, device))
     with without_collector(), on_meta(device):
         _adopt(tracer, model, batches[0])
         step = TrainStep(language, optimizer_of(model, keys), clip=keys.clip)
@@ -147,7 +147,7 @@ def _language(model: Any, keys: TrainKeys, batch: MetaBatch, device: Device) -> 
 
 def _steps(whole: Any, keys: TrainKeys, batches: Sequence[MetaBatch], gradients: Trace, device: Device) -> Trace:
     """Two steps of the whole model: `gradients` is the first half of each, the second half is traced here."""
-    tracer = _tracer(device, "meta", answers(batches[0].trained, batches[0].padded))
+    tracer = _tracer(device, "meta", answers(batches[0].trained, batches[0].padded, device))
     joined = Joined(tracer.trace)
     trained = [(name, parameter) for name, parameter in whole.named_parameters() if parameter.requires_grad]
     with without_collector(), on_meta(device):

@@ -124,7 +124,7 @@ def picture(made: Sweep) -> Any:
     axes.set_ylim(0, top)
     axes.axhspan(limit, top, color=ALARM, alpha=0.07, linewidth=0)
     axes.axhline(limit, color=ALARM, linewidth=1.4)
-    for (colour, marker), (rows, points) in zip(LINES, made.lines.items(), strict=True):
+    for (colour, marker), (rows, points) in zip(LINES, made.lines.items(), strict=False):
         _line(axes, colour, marker, rows, points, top)
     _own(axes, made, top)
     _limit(axes, request, limit, lengths[0])

@@ -26,6 +26,8 @@ from .cost import Costs
 
 BEFORE, FORWARD, LOSS, BACKWARD, AFTER, UPDATE = "before", "forward", "loss", "backward", "after", "update"
 
+SHARED = 4, 2  # uses of a gradient and of its storage, as seen from a dispatch mode, that autograd alone holds
+
 
 class Segment(NamedTuple):
     """A stretch of time. part: of the step; layer: its index, None outside of the layers; micro: the micro-batch."""
@@ -110,6 +112,11 @@ class Tracer(TorchDispatchMode):
         self._modules: list[str] = []
         self._funcs: dict[Any, tuple[str, bool]] = {}  # name, and whether it makes views only
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch asks; by default it wraps every dispatch for its compiler's sake, a tenth of a plan's time."""
+        return False
+
     # ---- what the run tells
 
     def enter(self, segment: Segment) -> None:
@@ -154,6 +161,8 @@ class Tracer(TorchDispatchMode):
             known = self._funcs[func] = (func.name(), bool(func.is_view))
         name, view = known
         out = NotImplemented if self.answer is None else self.answer(name, args, self._maker)
+        if name == "aten::add.Tensor" and (sum_ := summed_in_place(args)) is not None:
+            return sum_
         if out is NotImplemented:
             out = func(*args, **(kwargs or {}))
         if view:
@@ -225,6 +234,22 @@ class Tracer(TorchDispatchMode):
         """The trace; nothing is added to it any more."""
         self._refs.clear()
         return self.trace
+
+
+def summed_in_place(args: tuple[Any, ...]) -> Tensor | None:
+    """autograd adds a gradient to one that nothing else holds in place (InputBuffer::accumulate); under a dispatch
+    mode and on meta it does not. The sum, done as without them; None: it is none of autograd's, or shared."""
+    if torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled():
+        return None
+    a, b = args[:2]
+    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return None
+    for into, other in ((a, b), (b, a)):
+        storage = torch._C._storage_Use_Count(into.untyped_storage()._cdata)
+        uses = into._use_count()  # type: ignore[attr-defined, union-attr, unused-ignore]
+        if uses <= SHARED[0] and storage <= SHARED[1] and into.is_contiguous():
+            return into.add_(other)
+    return None
 
 
 class Joined:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from math import prod
 from typing import Any, ClassVar
 
@@ -156,12 +157,19 @@ def flatten(scheme: Scheme, parts: Parts, shape: Sequence[int]) -> Tensor:
 
 def views(scheme: Scheme, flat: Tensor, shape: Sequence[int]) -> Parts:
     """The parts of a flat packed weight, as typed views (no copy)."""
+    parts = {}
+    for name, start, end, dtype, size in _places(scheme, tuple(shape)):
+        part = flat[start:end].view(dtype)
+        parts[name] = part if len(size) == 1 else part.view(size)
+    return parts
+
+
+@cache
+def _places(scheme: Scheme, shape: tuple[int, ...]) -> list[tuple[str, int, int, torch.dtype, tuple[int, ...]]]:
+    """Name, first byte, end, dtype and shape of each part: asked for in every product."""
     layout = scheme.layout(shape)
     offsets, _ = _offsets(layout)
-    return {
-        name: flat[offsets[name] : offsets[name] + _size(dtype, size)].view(dtype).view(size)
-        for name, (dtype, size) in layout.items()
-    }
+    return [(name, offsets[name], offsets[name] + _size(*part), *part) for name, part in layout.items()]
 
 
 @dataclass(frozen=True)
