@@ -14,7 +14,7 @@ from qtune.errors import QtuneError
 from qtune.planner import devices, roofline
 from qtune.planner.devices import GIB, MIB, Device, catalogue, devices_table, find_device, workspace_of, workspaces
 from qtune.planner.roofline import Cost, Speed, estimate
-from qtune.planner.units import parse_size
+from qtune.units import parse_size
 
 # ---- sizes
 

@@ -56,7 +56,7 @@ def test_defaults() -> None:
 
 # override -> a part of the one fault it makes
 BAD = {
-    "modell=x": "unknown key 'modell' (did you mean 'model'?); legal: adapter, budget, data, device, dtype, model, output",
+    "modell=x": "unknown key 'modell' (did you mean 'model'?); legal: adapter, budget, data, device, dtype, model",
     "lr=1e-4": "legal: adapter, budget, data, device, dtype, model, output, scheme, train; it is called train.lr",
     "train.trian=x": "train: unknown key 'trian'; legal: accumulate",
     "train.model=x": "warmup, weight_decay; it is called model at the top",

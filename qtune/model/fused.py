@@ -175,7 +175,8 @@ def _random(*shape: int) -> Tensor:
 
 
 def use_own_attention(model: PreTrainedModel, device: torch.device) -> bool:
-    """On a CPU (device) with AVX-512, take our attention kernel in place of torch's fused one. Returns whether it was done.
+    """On a CPU with AVX-512, take our attention kernel in place of torch's fused one. device: where the model runs.
+    Returns whether it was done.
 
     Without AVX-512 torch's is as fast beyond short sequences. A model that was not going to use torch's (for it does
     something more: soft-capping, sinks) keeps what it has.

@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from ..quant import QuantEmbedding, QuantLinear
+from ..quant import QuantLinear
 from .devices import Device
 from .trace import BACKWARD, BEFORE, FORWARD, LOSS, UPDATE, Trace
 
 GROUPS = ("weights", "adapters", "gradients", "optimizer", "activations", "transient", "runtime")
 GRANULE = 512  # bytes: what CUDA's caching allocator rounds a block up to (kMinBlockSize)
+TABLES = ("absmax", "code", "outer", "outer_code", "offset", "SCB")
 Row = tuple[str, str]  # group, name
 
 
@@ -65,13 +66,8 @@ def _row(trace: Trace, block: int, released: str, checkpointing: bool) -> Row:
 
 
 def _plain(name: str) -> str:
-    """The row of a weight by its name, in a stack that is not ours."""
-    words = name.rsplit(".", 2)[-2:] if name else []
-    if any(word in ("embed_tokens", "wte", "wpe") for word in words):
-        return "embeddings"
-    if "lm_head" in words:
-        return "head"
-    return "layers" if ".layers." in name or ".h." in name else "buffers and other"
+    """The row of what is no parameter: bitsandbytes keeps its scales as buffers."""
+    return "scales and tables" if name.rpartition(".")[2] in TABLES else "buffers and other"
 
 
 def _weights(model: Any) -> dict[str, dict[str, int]]:
@@ -89,8 +85,10 @@ def _weights(model: Any) -> dict[str, dict[str, int]]:
                 main = max(parts, key=lambda part: parts[part])
                 label = "dense layers" if module.scheme.name == "dense" else f"{module.scheme.name} codes"
                 found[name] = {label: parts[main], "scales and alignment": nbytes - parts[main]}
+            elif isinstance(getattr(module, "shape", None), tuple) and leaf == "weight":  # another stack's packed layer
+                found[name] = {"packed codes": nbytes}
             else:
-                found[name] = {"norms, biases and other": nbytes}
+                found[name] = {"linear layers" if parameter.dim() > 1 else "norms, biases and other": nbytes}
     return found
 
 
@@ -102,8 +100,8 @@ def parameters_of(model: nn.Module) -> int:
             if id(parameter) in seen or parameter.requires_grad:
                 continue
             seen.add(id(parameter))
-            if isinstance(module, QuantLinear | QuantEmbedding) and leaf == "packed":
-                count += module.shape[0] * module.shape[1]
+            if leaf in ("packed", "weight") and isinstance(shape := getattr(module, "shape", None), tuple):
+                count += shape[0] * shape[1]
             else:
                 count += parameter.numel()
     return count

@@ -12,6 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+FREE = {
+    f"aten::{name}" for name in ("_unsafe_view", "empty", "empty_like", "new_empty", "detach", "_local_scalar_dense")
+}
 Key = tuple[int, str, str]  # segment, class, dtype
 Made = Sequence[Tensor]
 JOINED = -1  # the segment of what was traced apart: forward and backward of a step's micro-batches
@@ -26,6 +29,8 @@ class Costs:
     def add(self, segment: int, op: str, args: tuple[Any, ...], made: Made) -> None:
         """Count one call of an op with these arguments and results."""
         name = op.partition(".")[0]
+        if name in FREE:
+            return
         made = [t for t in made if isinstance(t, Tensor)]
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
         if not (tensors or made):

@@ -20,7 +20,7 @@ import torch
 
 from ..errors import QtuneError, one_of
 from ..screen import size
-from .units import parse_size
+from ..units import parse_size
 
 Capability = tuple[int, int]
 MIB, GIB = 2**20, 2**30

@@ -122,7 +122,8 @@ def hf_model(config: Any, settings: HFSettings) -> Any:
     else:
         _adapt(model, settings)
     if settings.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         if settings.rank is not None and settings.inputs:
             model.enable_input_require_grads()  # PeftModel does so, too, where checkpointing is on before
     return model.train()

@@ -35,7 +35,7 @@ from .plan import Phase, Plan, maker
 from .published import MetaFile, published
 from .runtime import host_runtime, process_bytes
 from .standins import answers, on_meta, scratch_on
-from .step_trace import MetaBatch, _language
+from .step_trace import MetaBatch, language_of
 from .trace import Trace, Tracer, without_collector
 
 MERGED = torch.bfloat16  # the dtype that `qtune merge` writes where it is not told another
@@ -249,7 +249,7 @@ def evaluate_trace(plan: Plan, model: Any) -> tuple[Trace, int]:
     """`loss_sum` of a micro-batch over a model on meta, and the number of its first event."""
     shape = plan.shape
     batch = MetaBatch.of(shape.rows, shape.length, shape.trained, shape.padded)
-    language = _language(model, plan.recipe.train, batch, plan.device)
+    language = language_of(model, plan.recipe.train, batch, plan.device)
     model.eval()
     tracer = _tracer(plan, answer=answers(shape.trained, shape.padded))
     with without_collector(), on_meta(plan.device), torch.no_grad():

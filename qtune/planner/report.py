@@ -19,7 +19,7 @@ from rich.text import Text
 from ..screen import Screen, size
 from .breakdown import GROUPS
 from .fit import Fit, Row, Rung, peak, shown
-from .plan import CLOSE, Plan
+from .plan import CLOSE, HEAP, Plan
 from .request import Request
 from .roofline import Speed
 
@@ -31,6 +31,10 @@ COLOURS = dict(zip(GROUPS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73
 SIGNS = dict(zip(GROUPS, "█▚▞▓▒░╳", strict=True))
 ASCII_SIGNS = dict(zip(GROUPS, "#AGOaTr", strict=True))
 VERDICTS = {"fits": "bold green", "barely": "bold yellow", "no": "bold red"}
+MORE = {  # why a plan that fits may not
+    "cuda": f"Less than {CLOSE:.0%} is left: whatever else uses the device may be too much.",
+    "cpu": f"The C library's heap keeps gaps, and a process has been measured to take {HEAP:.0%} more than its plan.",
+}
 WIDEST = 96  # columns
 
 
@@ -109,7 +113,7 @@ def verdict(plan: Plan) -> Text:
         words = "Fits" if plan.verdict == "fits" else "Fits barely"
         rest = f": {most} at the peak, {size(plan.left)} of {limit} stay free ({plan.left / plan.budget:.0%})."
     if plan.verdict == "barely":
-        rest += f" Less than {CLOSE:.0%} is left: whatever else uses the device may be too much."
+        rest += f" {MORE[plan.device.kind]}"
     by = next((phase for phase in plan.phases if phase.device == peak(plan) > plan.process), None)
     if by is not None:
         rest += f" What takes most is not the training step, it is: {by.name}."

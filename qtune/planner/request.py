@@ -21,11 +21,11 @@ from ..model import load_tokenizer
 from ..quant import Scheme, scheme_from
 from ..recipe import Recipe
 from ..screen import size
+from ..units import parse_size
 from .devices import Device, find_device
 from .models import Model, find_model
 from .plan import Plan, Shape, check_shape, plan_recipe, shape_of
 from .roofline import measured
-from .units import parse_size
 
 STACKS = ("qtune", "hf", "hf:installed")
 SHORTCUTS = {"batch": "train.micro_batch", "seq": "data.max_length", "rank": "adapter.rank"}  # option -> key

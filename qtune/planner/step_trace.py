@@ -76,7 +76,7 @@ def step_trace(
     batches: those of one step; MetaBatch for a model on meta.
     """
     on = next(model.parameters()).device.type
-    language = _language(model, keys, batches[0], device)
+    language = language_of(model, keys, batches[0], device)
     answer = answers(batches[0].trained, batches[0].padded, device) if on == "meta" else None
     tracer = _tracer(device, on, answer)
     _, layers = find_layers(model)
@@ -123,7 +123,7 @@ def _gradients(
     model: Any, layers: nn.ModuleList, keys: TrainKeys, batches: Sequence[MetaBatch], device: Device
 ) -> tuple[Trace, int]:
     """The first half of a step: forward and backward of all micro-batches."""
-    language = _language(model, keys, batches[0], device)
+    language = language_of(model, keys, batches[0], device)
     tracer = _tracer(device, "meta", answers(batches[0].trained, batches[0].padded, device))
     with without_collector(), on_meta(device):
         _adopt(tracer, model, batches[0])
@@ -136,7 +136,7 @@ def _gradients(
     return tracer.stop(), first
 
 
-def _language(model: Any, keys: TrainKeys, batch: MetaBatch, device: Device) -> LanguageModel:
+def language_of(model: Any, keys: TrainKeys, batch: MetaBatch, device: Device) -> LanguageModel:
     """The model as the trainer would set it up on the device."""
     language = LanguageModel(model)
     language.choose_attention(batch.input_ids.shape[1], torch.device(device.kind))

@@ -1,3 +1,0 @@
-"""Sizes that a person types."""
-
-from ..units import parse_size as parse_size
