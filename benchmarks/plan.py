@@ -2,23 +2,27 @@
 step, and of the whole process.
 
     python benchmarks/plan.py [--device cuda] [--only WORDS] [--smollm2 FOLDER]     writes benchmarks/results/plan.jsonl
+    python benchmarks/plan.py --published                                          the stock stack: see published.py
 CPU: SmolLM2-135M (fetched as the demo does; FOLDER: a checkpoint of it that is there) and a model of Llama-3.2-1B's
 shape with random weights. CUDA: models of the catalogue up to 8B, random weights. Every recipe is run in a process of
-its own. Error: planned / measured - 1.
+its own. Error: planned / measured - 1. The README's example is written to benchmarks/results/plan-example.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from results import FOLDER, write_rows
+from results import FOLDER, machine, write, write_rows
 
-RESULTS = FOLDER / "plan.jsonl"
+RESULTS, EXAMPLE = FOLDER / "plan.jsonl", FOLDER / "plan-example.json"
+COMMAND = "qtune plan --model llama-3.1-8b --batch 2 --seq 2048 --device rtx3060"  # the README's
 SMOL, ONE = "smollm2-135m", "llama-3.2-1b"
 KEPT, INT8 = "train.checkpointing=false", "scheme=int8"
 # model, tokens as rows x length, overrides of the recipe
@@ -81,6 +85,15 @@ def measured(model: str, name: str, rows: int, length: int, overrides: tuple[str
     return row | {"plan_seconds": found.plan.seconds, "seconds": time.perf_counter() - start}
 
 
+def example() -> None:
+    """What the README's command prints, on a terminal of 100 columns."""
+    words = [sys.executable, "-m", "qtune", *COMMAND.split()[1:]]
+    env = {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=env)
+    text = [line.rstrip() for line in done.stdout.splitlines()]
+    write(EXAMPLE, {"command": COMMAND, **machine(), "text": [f"$ {COMMAND}", *text]})
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """Print planned, measured and error of every tier in MiB."""
     from rich.console import Console
@@ -109,7 +122,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", help="recipes whose model or overrides hold this; nothing is written then")
     parser.add_argument("--smollm2", metavar="FOLDER", help="a checkpoint of SmolLM2-135M, in place of fetching it")
+    parser.add_argument("--published", action="store_true", help="the stock stack against published measurements")
     options = parser.parse_args()
+    if options.published:
+        import published
+
+        return published.main([])
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         models = {ONE: ONE}
@@ -123,6 +141,7 @@ def main() -> None:
     show(rows)
     if not options.only:
         write_rows(RESULTS, f"python benchmarks/plan.py --device {options.device}", rows, options.device)
+        example()
 
 
 if __name__ == "__main__":

@@ -158,10 +158,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return made
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("ids", nargs="*", metavar="ID", help="only these rows; the results file is left as it is")
-    wanted = parser.parse_args().ids
+    wanted = parser.parse_args(argv).ids
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     rows = [row for row in read_rows() if not wanted or row["id"] in wanted]

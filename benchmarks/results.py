@@ -150,12 +150,55 @@ def merge_table(value: dict[str, Any]) -> list[str]:
     return rows
 
 
+def published_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Errors of the plan of the stock stack against other people's measurements, one row a source and tier."""
+    table = ["| measured by | what | runs | mean error | worst |", "| --- | --- | --- | --- | --- |"]
+    peaks = [row for row in rows if row["moment"] == "peak"]
+    others = [row for row in rows if row["moment"] != "peak"]
+    groups = [
+        (source, what, [abs(row[key]) for row in some if _origin(row) == source and key in row])
+        for source in dict.fromkeys(map(_origin, rows))
+        for what, key, some in (
+            ("allocated at the peak", "error", peaks), ("allocated after a pass", "error", others),
+            ("reserved at the peak", "reserved_error", rows), ("process at the peak", "process_error", rows),
+        )
+    ]  # fmt: skip
+    for source, what, errors in groups:
+        if errors:
+            mean = sum(errors) / len(errors)
+            table.append(f"| {source} | {what} | {len(errors)} | {mean:.2%} | {max(errors):.2%} |")
+    return table
+
+
+def _origin(row: dict[str, Any]) -> str:
+    """The project that a published row comes from."""
+    return str(row["source"].partition(",")[0])
+
+
+def plan_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Planned and measured memory of real steps on this machine, MiB."""
+    table = [
+        "| model | micro-batch | recipe | planned | allocator's own events | process planned | measured |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        inner, outer = row["allocated"], row["process"]
+        cells = [f"{row[key]}" for key in ("model", "tokens", "recipe")]
+        for tier in (inner, outer):
+            cells += [f"{tier['planned'] / 2**20:,.1f}", f"{tier['measured'] / 2**20:,.1f} ({tier['error']:+.2%})"]
+        table.append(f"| {' | '.join(cells)} |")
+    return table
+
+
 TABLES: dict[str, Callable[[Any], list[str]]] = {
     "merge": merge_table,
     "load": load_table,
     "demo": demo_table,
     "step": step_table,
     "kernels": kernels_table,
+    "plan": plan_table,
+    "published": published_table,
+    "plan-example": lambda value: ["```", *value["text"], "```"],
 }
 
 
@@ -163,7 +206,7 @@ def read(name: str) -> tuple[Any, str, dict[str, Any]]:
     """What the table of this name is made of, the file's name, and a value that says where it was measured."""
     path = FOLDER / f"{name}.jsonl"
     if path.exists():
-        rows = [row for row in read_rows(path) if row["device"] == "cpu"]
+        rows = [row for row in read_rows(path) if row["device"] in ("cpu", "meta")]
         return rows, path.name, rows[0]
     path = path.with_suffix(".json")
     value = json.loads(path.read_text("utf-8"))

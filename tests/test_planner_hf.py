@@ -248,3 +248,12 @@ def test_published_rows(monkeypatch, name):
     benchmark = importlib.import_module("published")
     row = next(row for row in benchmark.read_rows() if row["id"] == name)
     assert abs(benchmark.compared(row)["error"]) < 0.01
+
+
+def test_gradients_are_there_from_the_second_micro_batch_on():
+    base = settings(scheme="nf4", compute="bfloat16", checkpointing=True, rank=16)
+    once, twice, more = (
+        hf.hf_trace(config(), settings(**{**vars(base), "accumulate": n}), find_device("rtx4090")) for n in (1, 2, 5)
+    )
+    held = sum(once.sizes[block] for block, kind in enumerate(once.kinds) if kind == "gradients") // 2  # of two steps
+    assert 0 < twice.peak()[0] - once.peak()[0] <= held and more.peak() == twice.peak()

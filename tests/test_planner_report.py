@@ -19,7 +19,7 @@ from qtune.cli import main
 from qtune.errors import QtuneError
 from qtune.planner import report, request, sweep
 from qtune.planner.devices import find_device
-from qtune.planner.fit import Fit
+from qtune.planner.fit import Fit, Row
 from qtune.planner.plan import Phase, Plan
 from qtune.planner.request import Lengths, Request, read_request, request_of
 from qtune.planner.roofline import Speed
@@ -345,6 +345,8 @@ def test_every_fault_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None
         (["--model", "gpt2", "--seq", "2048"], "beyond the 1,024 positions of gpt2; legal: 2 to 1,024"),
         (["--model", "gpt2", "train.batch=2"], "unknown key 'batch'"),
         (["--model", "gpt2", "--budget", "8GB", "--fit", "8GB"], "both say the limit"),
+        (["--model", "gpt2", "--batch", "1000000000"], "legal: up to 4,194,304 tokens"),
+        (["--model", "gpt2", "--budget", ""], "--budget is empty"),
         (["--model", "gpt2", "--budget", "8"], "'8' has no unit"),
         (["--model", "gpt2", "--stack", "hf", "--explain"], "--stack hf can be planned and swept"),
     ],
@@ -442,6 +444,35 @@ def test_another_stack_is_set_beside_ours(plan: Plan) -> None:
     assert report.beside(larger, plan).plain.endswith(f"{size(plan.process)} at the peak, {size(GB)} less.")
 
 
+def test_another_stacks_time_is_a_bound_and_its_release_is_said(plan: Plan, asked: Request) -> None:
+    speed = replace(plan, stack="hf:installed").speed
+    assert not isinstance(speed, str) and speed.seconds is not None
+    assert "at most" in report.speed_lines(speed, asked, own=False)[0].plain
+    assert "at most" not in report.speed_lines(speed, asked)[0].plain
+    assert "as installed" in report.head(replace(plan, stack="hf:installed"))[1].plain
+    assert "up to 5.8" in report.head(replace(plan, stack="hf:published"))[1].plain
+
+
+def test_no_color_on_a_terminal_gives_each_group_its_sign() -> None:
+    for no_color, signs in ((True, report.SIGNS), (False, dict.fromkeys(report.SIGNS, "█"))):
+        console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", no_color=no_color)
+        assert not console.options.ascii_only and report.signs_of(console) == signs
+
+
+def test_merging_on_a_cpu_is_not_sent_to_the_cpu(plan: Plan) -> None:
+    merge = replace(plan, phases=(Phase("merge", plan.budget + GB),))
+    assert "--device cpu" in report.verdict(merge).plain
+    here = replace(merge, device=replace(plan.device, kind="cpu"))
+    assert "Merging afterwards" in report.verdict(here).plain and "--device cpu" not in report.verdict(here).plain
+
+
+def test_without_colours_a_table_says_in_words_what_fits(plan: Plan, asked: Request) -> None:
+    row = Row("scheme dense", "not rounded", with_budget(plan, plan.process - 1), GB)
+    shown = text_of(lambda *rest: report.show_explained(plan, [row], *rest), asked)
+    assert re.search(r"the recipe as it is .* GiB|MiB +(yes|barely)", shown)
+    assert re.search(r"scheme dense .*iB +no +\+", shown)
+
+
 def test_a_search_that_found_nothing_says_what_is_missing(plan: Plan, asked: Request) -> None:
     short = with_budget(plan, plan.process - 2**20)
     shown = text_of(report.show_way_out, Fit(short, short, (), {}), asked)
@@ -453,7 +484,10 @@ def test_the_command_to_paste_holds_each_key_once(plan: Plan, asked: Request) ->
     request = replace(asked, source="a recipe.yaml", changes=("train.micro_batch=8", "adapter.rank=4"))
     expected = "qtune train 'a recipe.yaml' adapter.rank=4 train.micro_batch=1 train.accumulate=8"
     assert report.paste(found, request) == expected
-    assert report.paste(found, asked).startswith("qtune train RECIPE ")
+    bare = report.paste(found, replace(asked, source=None, budget=12 * GB))  # a mere model has no recipe to train
+    assert bare.startswith(
+        f"qtune plan --model '{asked.recipe.model}' --device {asked.device.key} --budget {12 * GB}B "
+    )
     shown = text_of(report.show_fit, found, asked)
     assert "Fits" in shown and "train.accumulate=8" in shown
     evaluation = replace(plan, budget=plan.process, phases=(Phase("evaluate", plan.process + GB),))

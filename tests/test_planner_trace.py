@@ -14,7 +14,7 @@ import runs_helper
 import tiny
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config, Qwen3Config
 
 import qtune
 from qtune.adapters import METHODS, AdapterSpec, adapt
@@ -22,9 +22,10 @@ from qtune.data import Batch
 from qtune.errors import QtuneError
 from qtune.model import load
 from qtune.model.skeleton import build
+from qtune.planner.allocator import replay
 from qtune.planner.breakdown import parameters_of, rows_of
 from qtune.planner.devices import find_device
-from qtune.planner.layers import find_layers, pattern
+from qtune.planner.layers import Pattern, find_layers, pattern
 from qtune.planner.plan import plan_recipe
 from qtune.planner.step_trace import MetaBatch, planned_trace, step_trace
 from qtune.planner.trace import BACKWARD, LOSS, Trace, Tracer
@@ -189,6 +190,26 @@ def test_every_method_is_extended(method: str, monkeypatch: pytest.MonkeyPatch) 
     got, _ = planned_trace(lambda: made(layers=7, method=method), TrainKeys(), batch, CPU)
     want, _ = step_trace(made(layers=7, method=method), TrainKeys(), [batch], CPU)
     assert_same(got, want)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
+def test_layers_beside_the_repeating_ones_are_their_own(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tail is no period: with six or more periods one of them would have its number."""
+    monkeypatch.setattr("qtune.planner.step_trace.Irregular", ZeroDivisionError)
+    sizes = {**SIZES, "num_hidden_layers": 9, "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 7}
+    keys, batch = TrainKeys(checkpointing=False), MetaBatch.of(1, 48)
+
+    def make() -> Any:
+        model = build(Qwen2Config(**sizes), scheme_from("nf4"))
+        adapt(model, AdapterSpec("lora"))
+        return model
+
+    assert pattern(make()) == Pattern("model.layers", 0, 1, 7, 2)
+    got, _ = planned_trace(make, keys, batch, device)
+    want, _ = step_trace(make(), keys, [batch], device)
+    assert_same(got, want)
+    events = [*got.events, *got.events[got.last_step :]]
+    assert replay(got.sizes, events).allocated >= got.peak()[0]  # which refuses a block that is released twice
 
 
 def test_layers_that_do_not_repeat_are_all_traced() -> None:

@@ -1,7 +1,7 @@
 """Costs: what the ops of a trace compute and move, for the time estimate; by segment, class of op and dtype.
 
-A multiply-add counts 2. Bytes are those of all tensors that an op reads and writes. A product with a packed weight also
-counts, as `unpack`, the dense copy that is written and read again.
+A multiply-add counts 2. Bytes are those of all tensors that an op reads and writes; what is expanded counts once. A
+product with a packed weight also counts, as `unpack`, the dense copy that is written and read again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Costs:
             return
         kind, flops = FLOPS.get(name, (_kind(name), None))
         dtype = str((made or tensors)[0].dtype).removeprefix("torch.")
-        nbytes = sum(t.numel() * t.element_size() for t in (*tensors, *made))
+        nbytes = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*tensors, *made))
         self._count((segment, kind, dtype), flops(args, made) if flops else 0, nbytes)
         if name in UNPACKED:
             dense = UNPACKED[name](args) * args[0].element_size()
@@ -74,13 +74,13 @@ def _packed(args: Any, made: Made) -> int:
     return 2 * args[0].numel() * made[0].shape[-1] + low
 
 
-def _attention(products: int, query: int) -> Callable[[Any, Made], int]:
-    """Products of [T, D] with [S, D] a head; causal kernels leave out half of them."""
+def _attention(products: int, query: int, keys: int) -> Callable[[Any, Made], int]:
+    """Products of [T, D] with [S, D] a query head; causal kernels leave out half of them. query: the argument that q
+    is, k follows; keys: the dimension of k that counts positions."""
 
     def flops(args: Any, made: Made) -> int:
         q, k = args[query], args[query + 1]
-        seen = k.shape[1] if query == 0 and q.dim() == 4 and args[query].shape[1] != k.shape[1] else max(k.shape[1:3])
-        return products * q.numel() * seen  # 2 for multiply and add, half of it unseen
+        return products * int(q.numel()) * int(k.shape[keys])  # 2 for multiply and add, half of it unseen
 
     return flops
 
@@ -93,14 +93,14 @@ FLOPS: dict[str, tuple[str, Callable[[Any, Made], int]]] = {
     "aten::_grouped_mm": ("mm", _mm),
     "qtune::blockwise4_matmul": ("mm", _packed),
     "qtune::int8_matmul": ("mm", lambda args, made: 2 * args[0].numel() * made[0].shape[-1]),
-    "qtune::attention": ("attention", _attention(2, 0)),
-    "qtune::attention_backward": ("attention", _attention(5, 1)),
+    "qtune::attention": ("attention", _attention(2, 0, 1)),
+    "qtune::attention_backward": ("attention", _attention(5, 1, 1)),
     **{
-        f"aten::_scaled_dot_product_{kind}": ("attention", _attention(2, 0))
+        f"aten::_scaled_dot_product_{kind}": ("attention", _attention(2, 0, 2))
         for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention")
     },
     **{
-        f"aten::_scaled_dot_product_{kind}_backward": ("attention", _attention(5, 1))
+        f"aten::_scaled_dot_product_{kind}_backward": ("attention", _attention(5, 1, 2))
         for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention")
     },
 }

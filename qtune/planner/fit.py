@@ -89,21 +89,21 @@ def _micro_batch(recipe: Recipe, shape: Shape) -> Iterator[Level]:
         if rows % fewer == 0:  # the same examples in each step
             more = times * rows // fewer
             change = {"train.micro_batch": fewer, "train.accumulate": more}
-            yield Level(change, f"micro-batch {fewer}, accumulate {more}", "smaller products: slower")
+            yield Level(change, f"micro-batch {fewer}, accumulate {more}", "smaller products")
 
 
 def _embeddings(recipe: Recipe, shape: Shape) -> Iterator[Level]:
     held = recipe.embeddings.name if recipe.embeddings else None
     if held is None:
-        yield Level({"scheme.embeddings": "int8"}, "embeddings in int8", "they are rounded to 8 bits")
+        yield Level({"scheme.embeddings": "int8"}, "embeddings in int8", "rounded to 8 bits")
     if held not in FOUR_BITS:
-        yield Level({"scheme.embeddings": "nf4"}, "embeddings in nf4", "they are rounded to 4 bits")
+        yield Level({"scheme.embeddings": "nf4"}, "embeddings in nf4", "rounded to 4 bits")
 
 
 def _scheme(recipe: Recipe, shape: Shape) -> Iterator[Level]:
     if recipe.scheme.name not in FOUR_BITS:
         tree = scheme_tree(recipe, "nf4")
-        yield Level({"scheme": tree}, "scheme nf4", "weights rounded to 4 bits")
+        yield Level({"scheme": tree}, "scheme nf4", "rounded to 4 bits")
 
 
 def _length(recipe: Recipe, shape: Shape) -> Iterator[Level]:
@@ -111,7 +111,7 @@ def _length(recipe: Recipe, shape: Shape) -> Iterator[Level]:
     while (length := length // 2) >= LENGTH_FLOOR:
         if length < shape.length:
             change = {"data.max_length": length}
-            yield Level(change, f"max_length {length:,}", "longer examples are cut")
+            yield Level(change, f"max_length {length:,}", "examples are cut")
 
 
 def _rank(recipe: Recipe, shape: Shape) -> Iterator[Level]:
@@ -121,7 +121,7 @@ def _rank(recipe: Recipe, shape: Shape) -> Iterator[Level]:
         change = {"adapter.rank": rank}
         if "alpha" in options:  # the update is scaled by alpha / rank: that stays
             change["adapter.alpha"] = options["alpha"] * rank / options["rank"]
-        yield Level(change, f"rank {rank}", "the adapter can learn less")
+        yield Level(change, f"rank {rank}", "learns less")
 
 
 Knob = Callable[[Recipe, Shape], Iterator[Level]]
@@ -291,14 +291,14 @@ def _both_ways(request: Request) -> Iterator[Level]:
         yield Level({"scheme.embeddings": None}, "embeddings dense", "not rounded")
     for name in ("int8", "dense"):
         if recipe.scheme.name != name:
-            cost = "weights rounded to 8 bits" if name == "int8" else "weights not rounded"
+            cost = "rounded to 8 bits" if name == "int8" else "not rounded"
             yield Level({"scheme": scheme_tree(recipe, name)}, f"scheme {name}", cost)
     yield Level({"train.micro_batch": 2 * keys.micro_batch}, f"micro-batch {2 * keys.micro_batch}", "larger products")
     longer = 2 * recipe.data.max_length
     if request.lengths is None and longer <= positions(request):
         yield Level({"data.max_length": longer}, f"max_length {longer:,}", "fewer examples are cut")
     if rank := recipe.adapter.options.get("rank"):
-        yield Level({"adapter.rank": 2 * rank}, f"rank {2 * rank}", "the adapter can learn more")
+        yield Level({"adapter.rank": 2 * rank}, f"rank {2 * rank}", "learns more")
 
 
 def positions(request: Request) -> int:

@@ -33,6 +33,7 @@ from .hf_modules import Linear4, Linear8, LoRA, prepare
 from .hf_optim import optimizer_of
 from .layers import Irregular, Pattern, cut, extend, pattern
 from .standins import answers, on_meta, scratch_on
+from .step_trace import MICRO_BATCHES
 from .trace import AFTER, UPDATE, Joined, Segment, Trace, Tracer, followed, without_collector
 
 STEPS = 2
@@ -47,7 +48,8 @@ class HFSettings:
     """What decides the stock stack's memory.
 
     scheme: of the frozen linears, one of SCHEMES. rank: None: full fine-tuning. targets: names of adapted linears.
-    rows x length: of the micro-batch. attention: "sdpa" or "eager". compute: dtype of 4-bit products.
+    rows x length: of the micro-batch; accumulate: micro-batches in a step. attention: "sdpa" or "eager". compute: dtype
+    of 4-bit products.
     optimizer: "adamw", "adamw8bit", "paged-adamw8bit" (states of 1e5 values or more are outside of the allocator) or
     "none". release: see the module. loss: "cross-entropy", or "mean" of the logits.
     adapters: dtype. dropout: of the adapters. masters: fp32 copies of half-precision trained weights.
@@ -68,6 +70,7 @@ class HFSettings:
     compute: str
     optimizer: str
     release: str = "published"
+    accumulate: int = 1
     loss: str = "cross-entropy"
     adapters: str = "float32"
     dropout: float = 0.0
@@ -94,6 +97,7 @@ def hf_settings(recipe: Recipe, rows: int, length: int) -> HFSettings:
     spec = recipe.adapter.to_dict()
     return HFSettings(
         scheme=scheme, rank=spec["rank"], targets=tuple(spec["targets"]), rows=rows, length=length,
+        accumulate=recipe.train.accumulate,
         checkpointing=recipe.train.checkpointing, attention="sdpa", compute=recipe.dtype,
         optimizer="adamw8bit" if recipe.train.optimizer == "adamw8" else "adamw", dropout=spec["dropout"],
     )  # fmt: skip
@@ -230,7 +234,7 @@ def _batch(settings: HFSettings) -> dict[str, Tensor]:
 
 
 def _extended(model: Any, chosen: Pattern, settings: HFSettings, device: Device) -> Trace:
-    """Forward and backward of one micro-batch."""
+    """Forward and backward of a step's micro-batches; after the first, gradients are there."""
     layers = cut(model, chosen)
     tracer = _tracer(settings, device)
     batch = _batch(settings)
@@ -238,14 +242,17 @@ def _extended(model: Any, chosen: Pattern, settings: HFSettings, device: Device)
         _adopt(tracer, model, batch)
         first = len(tracer.trace.events)
         with followed(tracer, model, layers), tracer:
-            labels = {} if settings.loss == "mean" else {"labels": batch["input_ids"]}
-            output = model(**batch, **labels)
-            if settings.upcast:
-                output.logits = output.logits.float()
-            loss = output.logits.mean() if settings.loss == "mean" else output.loss
-            if settings.release == "installed":
-                output = None
-            loss.backward()
+            for _ in range(min(MICRO_BATCHES, settings.accumulate)):
+                labels = {} if settings.loss == "mean" else {"labels": batch["input_ids"]}
+                output = model(**batch, **labels)
+                if settings.upcast:
+                    output.logits = output.logits.float()
+                loss = output.logits.mean() if settings.loss == "mean" else output.loss
+                if settings.release == "installed":
+                    output = None
+                loss.backward()
+                if settings.accumulate > 1:
+                    del output, loss
             tracer.enter(Segment(UPDATE))
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:

@@ -18,6 +18,7 @@ from torch import nn
 from .trace import FORWARD, Segment, Trace
 
 TRACED = 4  # periods
+HEAD, TAIL = -1, -2  # units of the layers beside them: no period has such a number, however many there are
 WORTH = 0.85  # of the layers: where more would be traced anyway, all are
 Owner = tuple[str, int, int | None]  # part, micro-batch, unit: where a block was born
 Place = tuple[Owner, int]  # and its number there
@@ -143,11 +144,11 @@ class _Extension:
         self.made: dict[Place, int] = {}
 
     def _unit(self, layer: int | None) -> int | None:
-        """The traced period of a traced layer; -1 for the head, TRACED for the tail, None outside of layers."""
+        """The traced period of a traced layer, HEAD or TAIL; None outside of layers."""
         if layer is None:
             return None
-        unit = (layer - self.pattern.head) // self.pattern.period if layer >= self.pattern.head else -1
-        return min(unit, TRACED)
+        unit = (layer - self.pattern.head) // self.pattern.period if layer >= self.pattern.head else HEAD
+        return unit if unit < TRACED else TAIL
 
     def _read(self, first: int) -> Iterator[_Run]:
         trace, run = self.trace, None
@@ -169,7 +170,7 @@ class _Extension:
         for run in self.runs:
             part, micro, unit = run.owner
             touched = {place[0][2] for event in run.events if (place := self._place(event)) is not None}
-            near = {0, TRACED - 1} if unit is None or unit in (-1, TRACED) else {unit - 1, unit, unit + 1}
+            near = {0, TRACED - 1} if unit is None or unit in (HEAD, TAIL) else {unit - 1, unit, unit + 1}
             if {of for of in touched if of is not None and 0 <= of < TRACED} - near:
                 raise Irregular("what is not next to a period touches it")
             if unit in (1, 2):
@@ -190,7 +191,7 @@ class _Extension:
         if place is None:  # it was there before the step
             return event >= 0, ("static", 0, None), block, 0
         (part, micro, of), number = place
-        relative = of if of is None or unit is None or of in (-1, TRACED) else of - unit
+        relative = of if of is None or unit is None or of in (HEAD, TAIL) else of - unit
         return event >= 0, (part, micro, relative), number, self.trace.sizes[block]
 
     def extend(self) -> Trace:
@@ -198,8 +199,8 @@ class _Extension:
         for run in self.runs:
             part, _, unit = run.owner
             last = self.pattern.count - 1
-            if unit is None or unit in (-1, 0, TRACED):
-                self._emit(run, 0 if unit != TRACED else last - 3)
+            if unit is None or unit in (HEAD, 0, TAIL):
+                self._emit(run, 0 if unit != TAIL else last - 3)
             elif unit == TRACED - 1:
                 self._emit(run, last - 3)
             elif part == FORWARD:
@@ -241,9 +242,9 @@ class _Extension:
         if place is None:
             return ("static", 0, None), block
         (part, micro, of), number = place
-        if of is None or of in (-1, TRACED):
+        if of is None or of in (HEAD, TAIL):
             return place
-        if unit is None or unit in (-1, TRACED):  # counted from the nearer end
+        if unit is None or unit in (HEAD, TAIL):  # counted from the nearer end
             shift = 0 if of < 2 else self.pattern.count - TRACED
         return (part, micro, of + shift), number
 

@@ -26,7 +26,6 @@ from ..export import PROMPT_TOKENS, PROMPTS, merged_entries
 from ..model.loading import Fill, prepare
 from ..model.skeleton import empty
 from ..quant.scheme import DTYPES
-from ..screen import size
 from ..verify import in_dtype
 from .allocator import peak_allocated, replay
 from .devices import Device, workspaces
@@ -124,25 +123,24 @@ def _download(plan: Plan, loading: Loading) -> Iterable[Phase]:
     """The base as published, where it is not on this machine as a folder or file."""
     if Path(plan.recipe.model).expanduser().exists():
         return ()
-    return (Phase("download", 0, 0, loading.published, "the base in bf16, if it is not in the hub's cache"),)
+    return (Phase("download", 0, 0, loading.published, "the base, unless it is here"),)
 
 
 @dataclass(frozen=True)
 class Loading:
-    """The loader's births and releases. host: bytes that reading took beside them; largest: the piece that took most
-    beside what stays; published: bytes of the checkpoint in bf16."""
+    """The loader's births and releases. host: bytes that reading took beside them; published: bytes of the
+    checkpoint in bf16."""
 
     timeline: Timeline
     host: int
-    largest: str
     published: int
 
 
 def load_phase(plan: Plan, loading: Loading | None = None) -> Phase:
     """Load and quantize: every weight is read, copied to a GPU, packed and dropped."""
     loading = loading or loading_of(plan)
-    note = f"packed so far, and {loading.largest} while it is packed"
-    return Phase("load and quantize", loading.timeline.peak(plan.device), _host(plan, loading.host), 0, note)
+    device, host = loading.timeline.peak(plan.device), _host(plan, loading.host)
+    return Phase("load and quantize", device, host, 0, "packed so far + one weight")
 
 
 def loading_of(plan: Plan) -> Loading:
@@ -158,7 +156,7 @@ def loading_of(plan: Plan) -> Loading:
     )
     found = published(skeleton, read)
     fill = prepare(skeleton, found, recipe.scheme, recipe.embeddings, dtype, "meta")
-    timeline, most, largest = Timeline(), -1, ""
+    timeline = Timeline()
     traced: dict[Any, Trace] = {}
     with without_collector(), torch.no_grad():
         for piece in found.pieces:
@@ -169,12 +167,9 @@ def loading_of(plan: Plan) -> Loading:
                 with tracer:
                     fill.piece(piece)
                 traced[key] = tracer.stop()
-            staying = timeline.insert(traced[key])
-            extra = traced[key].peak()[0] - sum(timeline.sizes[block] for block in staying)
-            if extra > most:
-                most, largest = extra, piece.source
+            timeline.insert(traced[key])
     nbytes = sum(2 * prod(shape) for piece in found.pieces for shape in piece.targets.values())
-    return Loading(timeline, read.host, largest, nbytes)
+    return Loading(timeline, read.host, nbytes)
 
 
 def _stored(config: Any) -> torch.dtype:
@@ -197,10 +192,8 @@ def start_phase(plan: Plan, whole: nn.Module) -> Phase:
                 traced[key] = _reset(plan, site, None), _reset(plan, site, ("cpu",))
             timeline.gone(timeline.insert(*traced[key][0]))
             drawn.gone(drawn.insert(*traced[key][1]))
-    extra = peak_allocated(timeline.sizes, timeline.events, 1)[0] - sum(map(_nbytes, _unique(whole)))
-    note = f"first values, {size(extra)} beside the model"
     host = peak_allocated(drawn.sizes, drawn.events, 1)[0]
-    return Phase("adapter start", timeline.peak(plan.device), _host(plan, host), 0, note)
+    return Phase("adapter start", timeline.peak(plan.device), _host(plan, host), 0, "the adapter's first values")
 
 
 def _reset(plan: Plan, site: Any, devices: tuple[str, ...] | None) -> tuple[Trace, int]:
@@ -225,7 +218,7 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def _train_phase(plan: Plan) -> Phase:
-    note = str(plan.moment) if plan.moment.layer is None else f"{plan.moment.part} pass"
+    note = plan.moment.part.partition(" (")[0] + (" pass" if plan.moment.layer is not None else "")
     return Phase("train", plan.process, _host(plan, 0), 0, note)
 
 
@@ -241,7 +234,7 @@ def evaluate_phase(plan: Plan, few: Any) -> Phase:
         if trace.kinds[block] == "buffer":
             timeline.buffers[trace.ops[block]] = new
     timeline.insert(*evaluate_trace(plan, few))
-    note = "no backward; where the answers are a choice, rows times answers"
+    note = "no backward; a choice between answers takes more"
     return Phase("evaluate", timeline.peak(plan.device), _host(plan, 0), 0, note)
 
 
@@ -271,7 +264,7 @@ def save_phase(plan: Plan, whole: nn.Module) -> Phase:
     copies = content if plan.device.kind == "cuda" else 0
     device = plan.process if plan.device.kind == "cuda" else _after(plan) + content
     disk = 2 * (content + info) + len(plan.recipe.to_yaml().encode())
-    note = f"an adapter of {size(content)}; twice while the new one is written"
+    note = "the adapter, old and new"
     return Phase("save", device, _host(plan, content + copies), disk, note)
 
 
@@ -347,9 +340,8 @@ class Merging:
         logits = PROMPTS * PROMPT_TOKENS * plan.model.config.get_text_config().vocab_size * 4
         on_cpu = 2 * logits if plan.device.kind == "cpu" else 0  # the reference's and the written model's are kept
         in_fp32, dense = reference.peak(plan.device, 1) + on_cpu, self.written.peak(plan.device, 1) + on_cpu
-        decides = how if in_fp32 >= dense else "the largest layer dense in fp32"
-        note = f"{decides}; transformers then maps the written file"
-        return Phase("merge", max(in_fp32, dense), _host(plan, max(self.host, 2 * logits)), self.disk, note)
+        decides = how if in_fp32 >= dense else "the largest layer in fp32"
+        return Phase("merge", max(in_fp32, dense), _host(plan, max(self.host, 2 * logits)), self.disk, decides)
 
     def _reference(self, few: Any) -> tuple[Timeline, str]:
         """`Reference.of`: all that is not packed is cast to fp32 while the originals are kept."""

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from ..adapters import adapt
 from ..errors import QtuneError
 from ..model.skeleton import build
@@ -30,10 +32,11 @@ from .models import Model, find_model
 from .roofline import Cost, Speed, estimate
 from .runtime import process_bytes
 from .standins import Untraceable
-from .step_trace import MICRO_BATCHES, STEPS, MetaBatch, planned_trace
+from .step_trace import STEPS, MetaBatch, planned_trace
 from .trace import BEFORE, LOSS, UPDATE, Trace
 
 SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's names for its allocator's settings
+CUDNN = "newer torch may take cuDNN's attention on this card, whose workspace is not planned"
 WORTH = 0.97  # of reserved bytes: below this, a change of settings is worth a note
 HEAP = 0.56  # of a CPU's plan: the C library's heap keeps gaps; the worst row of benchmarks/results/plan.jsonl
 CLOSE = 0.05  # of the device: a plan that leaves less than its own error bound fits barely
@@ -209,7 +212,7 @@ def refused_by_name(model: Model) -> Iterator[None]:
         yield
     except Untraceable as error:
         raise QtuneError(f"{kind} cannot be planned: it {error}") from error
-    except (NotImplementedError, RuntimeError) as error:
+    except (NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise QtuneError(f"{kind} cannot be planned: {reason}") from error
 
@@ -245,10 +248,10 @@ def planned(
         moment=moment_of(trace, event, model.config.get_text_config().num_hidden_layers),
         parameters=parameters_of(whole), trained=sum(p.numel() for p in whole.parameters() if p.requires_grad),
         speed=estimate(
-            costs_of(trace, STEPS, accumulate / min(MICRO_BATCHES, accumulate)),
+            costs_of(trace, STEPS, accumulate / (1 + max(segment.micro for segment in trace.segments))),
             device, shape.tokens * accumulate, recipe.train.steps,
         ),
-        notes=(*notes, *note), seconds=seconds, trace=trace,
+        notes=(*notes, *note, *([CUDNN] if device.capability[0] in (9, 10) else [])), seconds=seconds, trace=trace,
     )  # fmt: skip
 
 
@@ -324,11 +327,16 @@ def plan_stack(
 def plan(
     recipe: Recipe | str | Mapping[str, Any],
     *,
-    device: str = "cuda",
+    device: str | None = None,
     overrides: Overrides = (),
     budget: str | None = None,
 ) -> Plan:
-    """What a recipe (a file, a mapping or a Recipe) will take on a device of the catalogue, this machine's GPU ("cuda")
-    or CPU ("cpu"). The recipe's data is not read: the largest micro-batch that it allows is planned for."""
+    """What a recipe (a file, a mapping or a Recipe) will take on a device.
+
+    device: of the catalogue ("rtx4090"), a size ("24GB"), "cuda" or "cpu" of this machine; None: its GPU if it has
+    one, else its CPU. budget: a size; None: the device's memory. The recipe's data is not read: the largest micro-batch
+    that it allows is planned for.
+    """
     made = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides, training=False)
-    return plan_recipe(made, find_device(device), budget=parse_size(budget) if budget else None)
+    here = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return plan_recipe(made, find_device(here), budget=parse_size(budget) if budget else None)

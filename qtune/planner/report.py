@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 COLOURS = dict(zip(GROUPS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#999999"), strict=True))
 SIGNS = dict(zip(GROUPS, "█▚▞▓▒░╳", strict=True))
 ASCII_SIGNS = dict(zip(GROUPS, "#AGOaTr", strict=True))
+WORDS = {"fits": "yes", "barely": "barely", "no": "no"}
+STACKS = tuple(f"by transformers (as {of}), PEFT and bitsandbytes" for of in ("released up to 5.8", "installed"))
 VERDICTS = {"fits": "bold green", "barely": "bold yellow", "no": "bold red"}
 MORE = {  # why a plan that fits may not
     "cuda": f"Less than {CLOSE:.0%} is left: whatever else uses the device may be too much.",
@@ -61,7 +63,7 @@ def show_plan(plan: Plan, request: Request, screen: Screen, instead: Plan | None
         screen.line()
         screen.console.print(phases(plan))
     screen.line()
-    first, assumed = speed_lines(plan.speed, request)
+    first, assumed = speed_lines(plan.speed, request, own=plan.stack == "qtune")
     screen.line(first)
     for assumption in assumed:
         aside(assumption, screen)
@@ -83,10 +85,10 @@ def head(plan: Plan) -> list[Text]:
     held = recipe.scheme.name + (f", embeddings in {recipe.embeddings.name}" if recipe.embeddings else "")
     rank = f", rank {recipe.adapter.options['rank']}" if "rank" in recipe.adapter.options else ""
     share = f"{plan.trained / plan.parameters:.2%}" if plan.parameters else "?"
-    stack = "" if plan.stack == "qtune" else f" by the stack {plan.stack!r} (transformers, PEFT, bitsandbytes)"
     keys = recipe.train
     return [
-        Text.assemble((plan.model.name, "bold cyan"), f"  {count(plan.parameters)} parameters in {held}{stack}"),
+        Text.assemble((plan.model.name, "bold cyan"), f"  {count(plan.parameters)} parameters in {held}"),
+        *([] if plan.stack == "qtune" else [Text(STACKS[plan.stack.endswith(":installed")])]),
         Text(
             f"{recipe.adapter.method}{rank}: {count(plan.trained)} trained ({share}), "
             f"by {keys.optimizer}{' with checkpointing' if keys.checkpointing else ', no checkpointing'}"
@@ -119,7 +121,8 @@ def verdict(plan: Plan) -> Text:
         rest += f" What takes most is not the training step, it is: {by.name}."
     merge = next((phase for phase in plan.phases if phase.name == "merge" and phase.device > plan.budget), None)
     if merge is not None and plan.verdict != "no":
-        rest += f" Merging afterwards takes {size(merge.device)}: run `qtune merge` with --device cpu."
+        elsewhere = ": run `qtune merge` with --device cpu" if plan.device.kind == "cuda" else ""
+        rest += f" Merging afterwards takes {size(merge.device)}{elsewhere}."
     return Text.assemble((words, VERDICTS[plan.verdict]), rest)
 
 
@@ -152,13 +155,13 @@ def beside(plan: Plan, own: Plan) -> Text:
 
 def bar(plan: Plan, console: Console) -> list[Text]:
     """The groups against the limit, to scale, and a line that names the limit."""
-    signs, colour = signs_of(console), console.color_system is not None
+    signs = signs_of(console)
     width = min(console.width, WIDEST) - 2
     scale = max(plan.process, plan.budget)
     ends = _cells(list(plan.groups.values()), scale, width)
     line = Text("")
     for group, cells in zip(GROUPS, ends, strict=True):
-        line.append(("█" if colour and not console.options.ascii_only else signs[group]) * cells, COLOURS[group])
+        line.append(signs[group] * cells, COLOURS[group])
     limit = min(width, round(plan.budget / scale * width))
     free, edge = ("·", "│") if not console.options.ascii_only else (".", "|")
     used = len(line)
@@ -185,8 +188,11 @@ def _cells(values: Sequence[int], scale: int, width: int) -> list[int]:
 
 
 def signs_of(console: Console) -> dict[str, str]:
-    """What stands for each group where there is no colour."""
-    return ASCII_SIGNS if console.options.ascii_only else SIGNS
+    """What stands for each group: one block where colours tell them apart (rich knows NO_COLOR apart from those)."""
+    if console.options.ascii_only:
+        return ASCII_SIGNS
+    coloured = console.color_system is not None and not console.no_color
+    return dict.fromkeys(GROUPS, "█") if coloured else SIGNS
 
 
 # ---- the tables
@@ -197,14 +203,14 @@ def table(plan: Plan, console: Console) -> Table:
     made = Table.grid(padding=(0, 2))
     for justify in ("left", "right", "right"):
         made.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    colour = console.color_system is not None and not console.options.ascii_only
+    signs = signs_of(console)
     for group, total in plan.groups.items():
         items = [item for item in plan.items if item.group == group]
         if not items:
             continue
-        name = Text.assemble(("█ " if colour else f"{signs_of(console)[group]} ", COLOURS[group]), (group, "bold"))
+        name = Text.assemble((f"{signs[group]} ", COLOURS[group]), (group, "bold"))
         if len(items) == 1 and items[0].name != group:  # one row says it all
-            name.append(f"  {items[0].name}")
+            name.append(f"  {items[0].name.removeprefix(f'{group} ')}")
         made.add_row(name, Text(size(total), "bold"), Text(f"{total / plan.process:.1%}", "bold"))
         for item in items if len(items) > 1 else ():
             made.add_row(f"    {item.name}", size(item.nbytes), Text(f"{item.nbytes / plan.process:.1%}", "dim"))
@@ -238,12 +244,14 @@ def phases(plan: Plan) -> Table:
 # ---- time
 
 
-def speed_lines(speed: Speed | str, request: Request) -> tuple[Text, list[str]]:
-    """The estimate in a line, then what it assumes."""
+def speed_lines(speed: Speed | str, request: Request, own: bool = True) -> tuple[Text, list[str]]:
+    """The estimate in a line, then what it assumes. own: of qtune's own stack; published runs of another are slower."""
     if isinstance(speed, str) or speed.seconds is None:
         return Text(f"Time: {speed if isinstance(speed, str) else speed.reason}."), []
-    text = Text.assemble("Time, an estimate: ", (f"{speed.tokens_per_second:,.0f} tokens/s", "bold"))
-    text.append(f", {duration(speed.seconds)} a step")
+    text = Text.assemble(
+        "Time, an estimate: ", "" if own else "at most ", (f"{speed.tokens_per_second:,.0f} tokens/s", "bold")
+    )
+    text.append(f", {'' if own else 'at least '}{duration(speed.seconds)} a step")
     if steps := request.steps():
         text.append(f"; {steps:,} step{'s' * (steps != 1)} in {duration(steps * speed.seconds)}")
         text.append(" if every micro-batch is as large")
@@ -283,10 +291,10 @@ def show_fit(found: Fit, request: Request, screen: Screen) -> None:
     screen.line(f"Limit {size(request.budget)}. Each row keeps the changes above it:")
     screen.line()
     made = Table.grid(padding=(0, 2))
-    for justify in ("left", "right", "right", "left"):
+    for justify in ("left", "right", "left", "right", "left"):
         made.add_column(justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
-    made.add_row(*(Text(title, "bold") for title in ("change", "peak", "saved", "what it costs you")))
-    made.add_row("the recipe as it is", _peak(found.start), "", "")
+    made.add_row(*(Text(title, "bold") for title in ("change", "peak", "fits", "saved", "the price")))
+    made.add_row("the recipe as it is", *_peak(found.start), "", "")
     for rung in found.rungs:
         made.add_row(*_rung(rung))
     screen.console.print(made)
@@ -296,32 +304,36 @@ def show_fit(found: Fit, request: Request, screen: Screen) -> None:
         screen.line(f"Taken back, for it fits without: {', '.join(back)}.")
     fits = found.plan.process <= found.plan.budget  # the step; of a phase that takes more, the verdict tells
     screen.line(verdict(found.plan) if fits else nothing_fits(found))
-    if fits and found.change:
+    if found.plan.verdict != "no" and found.change:
         screen.line()
         screen.line(paste(found, request), "bold")
-    elif fits:
+    elif found.plan.verdict != "no":
         screen.line("Nothing has to be changed.")
     for note in (*request.notes, *found.plan.notes):
         aside(f"note: {note}", screen)
 
 
-def _peak(plan: Plan) -> Text:
-    return Text(size(peak(plan)), VERDICTS[plan.verdict])
+def _peak(plan: Plan) -> tuple[Text, Text]:
+    style = VERDICTS[plan.verdict]
+    return Text(size(peak(plan)), style), Text(WORDS[plan.verdict], style)
 
 
 def _rung(rung: Rung) -> Iterable[Text]:
     style = "" if rung.kept else "dim"
     words = rung.level.words + ("" if rung.kept else " (taken back)")
     saved = Text(size(rung.saved), style)
-    return Text(words, style), _peak(rung.plan), saved, Text(rung.level.cost, "dim")
+    return Text(words, style), *_peak(rung.plan), saved, Text(rung.level.cost, "dim")
 
 
 def paste(found: Fit, request: Request) -> str:
-    """The command that trains the recipe that fits; a mere model has no recipe's file yet."""
+    """The command that trains the recipe that fits; of a mere model, which has no data yet, the one that plans it."""
     given = [text for text in request.changes if text.partition("=")[0] not in found.change]
-    model = [] if request.source else [f"model={request.recipe.model}"]
-    words = [request.source or "RECIPE", *model, *given, *shown(found.change)]
-    return " ".join(["qtune train", *(shlex.quote(word) for word in words)])
+    words = ["train", str(request.source)]
+    if request.source is None:
+        words = ["plan", "--model", request.recipe.model, "--device", request.device.key]
+        if request.budget != request.device.memory:
+            words += ["--budget", f"{request.budget}B"]
+    return " ".join(shlex.quote(word) for word in ("qtune", *words, *given, *shown(found.change)))
 
 
 def show_explained(start: Plan, rows: Sequence[Row], request: Request, screen: Screen) -> None:
@@ -329,26 +341,24 @@ def show_explained(start: Plan, rows: Sequence[Row], request: Request, screen: S
     for line in head(start):
         screen.line(line)
     screen.line()
-    screen.line("One change at a time, from the recipe as it is:")
+    screen.line(f"Limit {size(request.budget)}. One change at a time, from the recipe as it is:")
     screen.line()
     made = Table.grid(padding=(0, 2))
-    for justify in ("left", "right", "right", "left"):
+    for justify in ("left", "right", "left", "right", "left"):
         made.add_column(justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
-    made.add_row(*(Text(title, "bold") for title in ("change", "peak", "difference", "")))
+    made.add_row(*(Text(title, "bold") for title in ("change", "peak", "fits", "difference", "")))
     shown_start = False
     for row in rows:
         if not shown_start and (row.difference > 0 or row.plan is None):
-            made.add_row(Text("the recipe as it is", "bold"), _peak(start), "", "")
+            made.add_row(Text("the recipe as it is", "bold"), *_peak(start), "", "")
             shown_start = True
         if row.plan is None:
-            made.add_row(Text(row.words, "dim"), "-", "", Text(row.cost, "dim"))
+            made.add_row(Text(row.words, "dim"), "-", "", "", Text(row.cost, "dim"))
         else:
-            made.add_row(row.words, _peak(row.plan), difference(row.difference), Text(row.cost, "dim"))
+            made.add_row(row.words, *_peak(row.plan), difference(row.difference), Text(row.cost, "dim"))
     if not shown_start:
-        made.add_row(Text("the recipe as it is", "bold"), _peak(start), "", "")
+        made.add_row(Text("the recipe as it is", "bold"), *_peak(start), "", "")
     screen.console.print(made)
-    screen.line()
-    screen.line(f"Limit {size(request.budget)}: green fits, yellow barely, red does not.", "dim")
     for note in request.notes:
         aside(f"note: {note}", screen)
 
@@ -363,10 +373,11 @@ def difference(nbytes: int) -> str:
 
 def show_sweep(made: Sweep, path: Path, replaced: bool, screen: Screen) -> None:
     """Where the picture is, and for each micro-batch the longest length that fits."""
+    screen.line(f"Of the lengths planned, these fit in {size(made.request.budget)}:")
     for rows, points in made.lines.items():
         fitting = [(length, most) for length, most in points if most <= made.request.budget]
-        words = "nothing planned fits" if not fitting else f"up to {fitting[-1][0]:,} tokens ({size(fitting[-1][1])})"
-        screen.line(f"micro-batch {rows:>2}: {words} of {size(made.request.budget)}")
+        words = "nothing planned fits" if not fitting else f"up to {fitting[-1][0]:,} tokens, {size(fitting[-1][1])}"
+        screen.line(f"micro-batch {rows:>2}: {words}")
     screen.line(f"{'replaced' if replaced else 'wrote'} {path}")
 
 

@@ -29,6 +29,9 @@ from .roofline import measured
 
 STACKS = ("qtune", "hf", "hf:installed")
 SHORTCUTS = {"batch": "train.micro_batch", "seq": "data.max_length", "rank": "adapter.rank"}  # option -> key
+# a micro-batch beyond this is refused: the checkpoint boundaries of the catalogue's smallest model (SmolLM2-135M: 30
+# layers of 576 in bf16) take 135 GiB then; a trace of the chunks of the loss takes longer the more tokens there are
+MOST_TOKENS = 2**22
 LOW = {"batch": 1, "seq": 2, "rank": 1}
 T = TypeVar("T")
 
@@ -126,7 +129,7 @@ def read_request(args: argparse.Namespace) -> Request:
         )
     model = _tried(lambda: find_model(recipe.model), faults) if recipe is not None else None
     if recipe is not None and model is not None and (args.seq is not None or recipe.data.train is None):
-        _tried(lambda: check_shape(shape_of(recipe, model), model), faults)
+        _tried(lambda: _check(shape_of(recipe, model), model), faults)
     if faults or recipe is None or model is None or device is None:
         raise QtuneError(faults[0] if len(faults) == 1 else "\n  ".join((f"there are {len(faults)} faults:", *faults)))
     if limit and limit > device.memory:
@@ -145,6 +148,15 @@ def _tried(make: Callable[[], T], faults: list[str]) -> T | None:
         if str(error):
             faults.append(str(error))
         return None
+
+
+def _check(shape: Shape, model: Model) -> None:
+    check_shape(shape, model)
+    if shape.rows * shape.length > MOST_TOKENS:
+        raise QtuneError(
+            f"a micro-batch of {shape.rows:,} x {shape.length:,} tokens is more than can be planned; "
+            f"legal: up to {MOST_TOKENS:,} tokens"
+        )
 
 
 def _is_change(text: str | None) -> bool:
@@ -214,6 +226,8 @@ def _limit(args: argparse.Namespace, recipe: Recipe | None) -> int | None:
     for name in ("fit", "budget"):
         if text := getattr(args, name):
             return parse_size(text, f"--{name}")
+    if args.budget == "":
+        raise QtuneError("--budget is empty; legal: a size such as 24GB")
     budget = getattr(recipe, "budget", None)
     return parse_size(budget, "budget") if budget else None
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import backend
 from ..errors import QtuneError
 from ..ops.registry import SCRATCH
 from .devices import Device
@@ -78,7 +77,8 @@ class Attention:
         )[0]  # type: ignore[no-any-return]
 
     def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, gqa: bool) -> str:
-        """cpu, flash, efficient or math, by the conditions of torch's sdp_utils.cpp (cuDNN's is not preferred)."""
+        """cpu, flash, efficient or math, by the conditions of torch's sdp_utils.cpp. Left out: cuDNN's attention, which
+        newer torch prefers on SM 9.0 and 10.0 (a plan for these says so)."""
         if self.device.kind == "cpu":
             plain = dropout == 0.0 and q.shape[-1] == v.shape[-1] and (mask is None or not mask.requires_grad)
             return "cpu" if plain else "math"
@@ -240,8 +240,3 @@ def on_meta(device: Device) -> Iterator[None]:
         yield
 
 
-def provider_note(device: Device) -> str:
-    """Which kernels a plan takes for granted."""
-    if device.kind == "cpu":
-        return "this machine's kernels" if backend.mode() != "reference" else "torch references"
-    return "Triton kernels"

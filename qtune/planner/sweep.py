@@ -52,10 +52,10 @@ class Sweep:
 def check_file(name: str) -> Path:
     """The path of a picture that can be written. Raises QtuneError before anything is computed."""
     path = Path(name).expanduser()
-    if path.suffix.lower() not in SUFFIXES:
-        raise one_of("suffix of --sweep", path.suffix or path.name, SUFFIXES)
     if path.is_dir():
         raise QtuneError(f"--sweep {path} is a folder; legal: a file that ends in {', '.join(SUFFIXES)}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise one_of("suffix of --sweep", path.suffix or path.name, SUFFIXES)
     if not path.parent.is_dir():
         raise QtuneError(f"--sweep {path}: there is no folder {path.parent}; make it first")
     if not os.access(path.parent, os.W_OK):
