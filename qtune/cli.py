@@ -143,6 +143,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 FREE_MEMORY = {
     "train": "lower train.micro_batch or data.max_length, or set train.checkpointing",
     "eval": "give a smaller --batch",
+    "plan": "the first values of the adapter are drawn here: lower adapter.rank",
 }
 
 

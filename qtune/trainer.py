@@ -237,7 +237,7 @@ def train(
     screen.line("first example, what is trained marked:")
     screen.line(show_example(examples[0], tokenizer, colour=screen.console.is_terminal))
     if recipe.budget is not None:
-        screen.line(_within_budget(recipe, recipe.budget, examples, screen))
+        screen.line(_within_budget(recipe, recipe.budget, [*examples, *held_out], screen))
     screen.title("Load")
     model, _ = load_base(recipe, screen, tokenizer=tokenizer)
     language = LanguageModel(model)

@@ -294,6 +294,7 @@ def test_a_recipe_beyond_its_budget_is_refused_with_what_would_fit(
     folder: Path, some: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ruled(monkeypatch, some)
+    monkeypatch.setattr("qtune.planner.fit.with_phases", lambda plan: plan)  # the made-up plan has no other stages
     recipe, device = asked(folder, *BIG).recipe, find_device("rtx4090")
     start = additive(recipe)
     assert peak(refuse_beyond(recipe, start, device)) == start, "what just fits is not refused"

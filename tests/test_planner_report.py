@@ -310,7 +310,10 @@ def test_the_worst_micro_batch_of_lengths() -> None:
     assert (shape.rows, shape.length, shape.trained, shape.padded) == (2, 50, 59, True)
     assert "longest example 50 tokens (of 3 examples), the 2 longest" in shape.source
     cut = lengths.worst(2, 16)
-    assert (cut.length, cut.trained, cut.padded) == (16, 30, False), "cut to 16, of which the first is never trained"
+    assert (cut.length, cut.trained, cut.padded) == (16, 30, True), "cut to 16, of which the first is never trained"
+    assert Lengths(((50, 4), (50, 4), (40, 4))).worst(2, 512).padded, "another micro-batch of these is"
+    assert not Lengths(((50, 4), (50, 4))).worst(2, 512).padded
+    assert Lengths(((500, 4), (400, 300))).worst(1, 512).trained == 300, "the longest example need not train the most"
     assert lengths.worst(8, 512).rows == 3, "there are no more examples"
 
 

@@ -18,7 +18,7 @@ from ..recipe import Recipe
 from ..screen import Screen, size
 from .devices import Device
 from .plan import Plan, Shape
-from .request import Request, request_of, scheme_tree
+from .request import Request, request_of, scheme_tree, with_phases
 
 Change = dict[str, Any]  # recipe key -> value
 FOUR_BITS = ("nf4", "fp4")
@@ -337,7 +337,7 @@ def refuse_beyond(
     and the smallest change that fits.
     """
     request = request_of(recipe, device, budget, shape)
-    plan = request.plan()
+    plan = with_phases(request.plan())
     if plan.verdict != "no":
         return plan
     found = fit(request, screen)
@@ -346,4 +346,7 @@ def refuse_beyond(
         raise QtuneError(
             f"{start}; no change of the recipe that is known here makes it fit: {size(found.missing)} are missing"
         )
+    by = max(plan.phases, key=lambda phase: phase.device if phase.name != "merge" else 0, default=None)
+    if not found.change:
+        raise QtuneError(f"{start}; it is reached in: {by.name if by else 'training'}")
     raise QtuneError(f"{start}; this fits, with {size(peak(found.plan))}: {' '.join(shown(found.change))}")

@@ -43,13 +43,14 @@ class Lengths:
     pairs: tuple[tuple[int, int], ...]
 
     def worst(self, rows: int, length: int) -> Shape:
-        """The `rows` longest examples in one micro-batch, cut at `length` tokens."""
-        most = self.pairs[:rows]
-        lengths = [min(tokens, length) for tokens, _ in most]
-        trained = sum(min(count, cut - 1) for (_, count), cut in zip(most, lengths, strict=True))
+        """The `rows` longest examples in one micro-batch, cut at `length` tokens; with the most trained tokens and
+        the padding that any micro-batch of the data can have, which may be others: a bound."""
+        cut = [min(tokens, length) for tokens, _ in self.pairs]
+        most = cut[:rows]
+        trained = sum(sorted((min(n, c - 1) for (_, n), c in zip(self.pairs, cut, strict=True)), reverse=True)[:rows])
         several = f"the {len(most)} longest in one micro-batch" if len(most) > 1 else "alone in a micro-batch"
-        source = f"data: longest example {lengths[0]:,} tokens (of {len(self.pairs):,} examples), {several}"
-        return Shape(len(most), lengths[0], trained, min(lengths) < lengths[0], source)
+        source = f"data: longest example {most[0]:,} tokens (of {len(self.pairs):,} examples), {several}"
+        return Shape(len(most), most[0], trained, len(most) > 1 and min(cut) < most[0], source)
 
 
 @dataclass(frozen=True)

@@ -238,5 +238,3 @@ def on_meta(device: Device) -> Iterator[None]:
         patch("torch.nn.functional.scaled_dot_product_attention", Attention(device)),
     ):
         yield
-
-
