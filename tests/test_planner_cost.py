@@ -50,7 +50,7 @@ def test_what_is_expanded_is_read_once() -> None:
     assert attention(op, H, bias)[1] - attention(op, H)[1] == B * T * T * 2
 
 
-@pytest.mark.parametrize("make", [plan_recipe, plan_stack])
+@pytest.mark.parametrize("make", [plan_recipe, pytest.param(plan_stack, marks=pytest.mark.slow)])
 def test_micro_batches_multiply_the_time_and_the_tokens(make: Callable[..., Plan]) -> None:
     """However many of them were traced."""
     one, four = (

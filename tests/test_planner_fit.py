@@ -199,6 +199,7 @@ def test_a_change_that_cannot_be_built_is_passed_over(
 # ---- for real
 
 
+@pytest.mark.slow
 def test_the_answer_really_fits_as_the_command_says_it(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

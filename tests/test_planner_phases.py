@@ -262,6 +262,7 @@ def test_the_allocators_own_events_agree_with_the_plan(small_folder: Path, check
     assert plan.allocated == pytest.approx(measuring._traced(model, plan.recipe, batches), abs=SCALARS)
 
 
+@pytest.mark.slow
 def test_measure_end_to_end(folder: Path) -> None:
     shape = Shape(2, 24, 30, True, "the test")
     found = measure(recipe(folder), CPU, shape, QUIET)
@@ -355,6 +356,7 @@ def test_where_nothing_is_told_it_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     assert runtime.process_bytes(GPU) == GPU.context and runtime.runtime_note(GPU) == GPU.context_source
 
 
+@pytest.mark.slow
 def test_a_child_tells_its_own_memory() -> None:
     nbytes, note = runtime._measured(1)
     assert 100 << 20 < nbytes < 2 << 30 and note == runtime.MEASURED

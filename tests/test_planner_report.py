@@ -370,6 +370,7 @@ def test_wrong_use_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
 # ---- the picture
 
 
+@pytest.mark.slow
 def test_the_sweep_draws_what_it_planned(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

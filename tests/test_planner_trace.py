@@ -153,7 +153,7 @@ def test_the_planned_model_holds_what_the_loaded_one_does(tmp_path: Path, embedd
 # ---- few layers are all
 
 
-@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=pytest.mark.slow)], ids=["cpu", "gpu"])
 @pytest.mark.parametrize(("checkpointing", "accumulate"), [(True, 3), (False, 1)])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_few_layers_extended_are_all_layers(

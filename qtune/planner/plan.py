@@ -227,7 +227,6 @@ def planned(
     whole: Any,
     budget: int | None,
     seconds: float,
-    notes: tuple[str, ...] = (),
 ) -> Plan:
     """The plan that a trace tells. whole: the model whose parameters the trace names."""
     accumulate = recipe.train.accumulate
@@ -251,7 +250,7 @@ def planned(
             costs_of(trace, STEPS, accumulate / (1 + max(segment.micro for segment in trace.segments))),
             device, shape.tokens * accumulate, recipe.train.steps,
         ),
-        notes=(*notes, *note, *([CUDNN] if device.capability[0] in (9, 10) else [])), seconds=seconds, trace=trace,
+        notes=(*note, *([CUDNN] if device.capability[0] in (9, 10) else [])), seconds=seconds, trace=trace,
     )  # fmt: skip
 
 
