@@ -12,7 +12,7 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 
 from qtune.errors import QtuneError
-from qtune.planner import hf
+from qtune.planner import hf, layers
 from qtune.planner.devices import find_device
 from qtune.planner.hf_modules import Linear4, Linear8
 from qtune.planner.hf_optim import optimizer_of
@@ -194,9 +194,9 @@ def test_gradients_are_summed_where_autograd_sums_them(monkeypatch):
 @pytest.mark.parametrize("scheme", ["nf4-double", "int8", "float16"])
 def test_the_extension_is_the_whole_trace(monkeypatch, scheme):
     s = settings(scheme=scheme, compute="float16", checkpointing=True)
-    device, find = find_device("t4"), hf.pattern
+    device, find = find_device("t4"), layers.pattern
     cut = hf.hf_trace(config(layers=7), s, device)
-    monkeypatch.setattr(hf, "pattern", lambda model: find(model).whole())
+    monkeypatch.setattr(layers, "pattern", lambda model: find(model).whole())
     whole = hf.hf_trace(config(layers=7), s, device)
     assert [cut.sizes[e] if e >= 0 else -cut.sizes[~e] for e in cut.events] == [
         whole.sizes[e] if e >= 0 else -whole.sizes[~e] for e in whole.events

@@ -153,6 +153,10 @@ def test_the_planned_model_holds_what_the_loaded_one_does(tmp_path: Path, embedd
 # ---- few layers are all
 
 
+def refused(self: Pattern) -> Pattern:
+    raise AssertionError("all layers are traced")
+
+
 @pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=pytest.mark.slow)], ids=["cpu", "gpu"])
 @pytest.mark.parametrize(("checkpointing", "accumulate"), [(True, 3), (False, 1)])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -160,7 +164,7 @@ def test_few_layers_extended_are_all_layers(
     family: str, checkpointing: bool, accumulate: int, device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if family != "gpt2":  # without checkpointing its second layer lets go of what was before the first
-        monkeypatch.setattr("qtune.planner.step_trace.Irregular", ZeroDivisionError)  # nothing is traced whole instead
+        monkeypatch.setattr(Pattern, "whole", refused)  # nothing is traced whole instead
     keys, layers = TrainKeys(checkpointing=checkpointing, accumulate=accumulate), 10 if family == "gemma2" else 7
     batch = MetaBatch.of(2, 48, padded=True)
     got, _ = planned_trace(lambda: made(family, layers), keys, batch, device)
@@ -185,7 +189,7 @@ def assert_same(got: Trace, want: Trace) -> None:
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"lora"}))
 def test_every_method_is_extended(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtune.planner.step_trace.Irregular", ZeroDivisionError)
+    monkeypatch.setattr(Pattern, "whole", refused)
     batch = MetaBatch.of(1, 48)
     got, _ = planned_trace(lambda: made(layers=7, method=method), TrainKeys(), batch, CPU)
     want, _ = step_trace(made(layers=7, method=method), TrainKeys(), [batch], CPU)
@@ -195,7 +199,7 @@ def test_every_method_is_extended(method: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
 def test_layers_beside_the_repeating_ones_are_their_own(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tail is no period: with six or more periods one of them would have its number."""
-    monkeypatch.setattr("qtune.planner.step_trace.Irregular", ZeroDivisionError)
+    monkeypatch.setattr(Pattern, "whole", refused)
     sizes = {**SIZES, "num_hidden_layers": 9, "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 7}
     keys, batch = TrainKeys(checkpointing=False), MetaBatch.of(1, 48)
 

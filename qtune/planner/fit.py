@@ -241,7 +241,7 @@ def _taken_back(search: Search, rungs: list[Rung], verdict: str) -> list[Rung]:
         try:
             if search.plan(_joined(without)).verdict in ("fits", verdict):
                 rungs = without
-        except QtuneError:
+        except QtuneError:  # what the changes left cannot be built together: this one stays
             continue
     return rungs
 

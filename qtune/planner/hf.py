@@ -31,7 +31,7 @@ from ..recipe import Recipe
 from .devices import Device
 from .hf_modules import Linear4, Linear8, LoRA, prepare
 from .hf_optim import optimizer_of
-from .layers import Irregular, Pattern, cut, extend, pattern
+from .layers import extended
 from .standins import answers, on_meta, scratch_on
 from .step_trace import MICRO_BATCHES
 from .trace import AFTER, UPDATE, Joined, Segment, Trace, Tracer, followed, without_collector
@@ -212,14 +212,11 @@ def hf_trace(config: Any, settings: HFSettings, device: Device) -> Trace:
 
 def hf_traced(config: Any, settings: HFSettings, device: Device) -> tuple[Trace, Any]:
     """`hf_trace`, and the whole model whose parameters it names."""
-    whole, few = hf_model(config, settings), hf_model(config, settings)
-    chosen = pattern(few)
-    try:
-        extended = _extended(few, chosen, settings, device)
-    except Irregular:
-        few = hf_model(config, settings)
-        extended = _extended(few, pattern(few).whole(), settings, device)
-    return _steps(whole, extended, settings, device), whole
+    whole = hf_model(config, settings)
+    passes = extended(
+        lambda: hf_model(config, settings), lambda model, layers: _passes(model, layers, settings, device)
+    )
+    return _steps(whole, passes, settings, device), whole
 
 
 def _tracer(settings: HFSettings, device: Device) -> Tracer:
@@ -233,9 +230,8 @@ def _batch(settings: HFSettings) -> dict[str, Tensor]:
     return {"input_ids": ids} | ({"attention_mask": torch.empty_like(ids)} if settings.masked else {})
 
 
-def _extended(model: Any, chosen: Pattern, settings: HFSettings, device: Device) -> Trace:
+def _passes(model: Any, layers: nn.ModuleList, settings: HFSettings, device: Device) -> tuple[Trace, int]:
     """Forward and backward of a step's micro-batches; after the first, gradients are there."""
-    layers = cut(model, chosen)
     tracer = _tracer(settings, device)
     batch = _batch(settings)
     with without_collector(), on_meta(device), as_on_cuda(device, settings):
@@ -257,8 +253,7 @@ def _extended(model: Any, chosen: Pattern, settings: HFSettings, device: Device)
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     tracer.name(parameter.grad, "gradients", name)
-            trace = tracer.stop()
-    return extend(trace, chosen, first)
+            return tracer.stop(), first
 
 
 def _adopt(tracer: Tracer, model: nn.Module, batch: dict[str, Tensor]) -> None:

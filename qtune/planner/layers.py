@@ -9,7 +9,7 @@ repeats, all layers are traced.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,12 +250,8 @@ class _Extension:
 
     def _copy(self, block: int, layer: int | None) -> int:
         trace, out = self.trace, self.out
-        out.sizes.append(trace.sizes[block])
-        out.ops.append(trace.ops[block])
-        out.kinds.append(trace.kinds[block])
-        out.where.append(self._renamed(trace.where[block], layer))
-        out.born.append(len(out.segments) - 1)
-        new = len(out.sizes) - 1
+        where = self._renamed(trace.where[block], layer)
+        new = out.add(trace.sizes[block], trace.ops[block], where, trace.kinds[block], len(out.segments) - 1)
         if block in trace.names:
             out.names[new] = self._renamed(trace.names[block], layer)
         return new
@@ -268,7 +264,7 @@ class _Extension:
         return f"{start}{layer}.{rest}"
 
 
-def extend(trace: Trace, chosen: Pattern, first: int) -> Trace:
+def extend(trace: Trace, first: int, chosen: Pattern) -> Trace:
     """The events of `trace` from number `first` on (what came before is static), for all layers. Raises Irregular."""
     cut_short = len(chosen.traced()) < chosen.layers
     extension = _Extension(trace, chosen if cut_short else chosen.whole(), first)
@@ -277,6 +273,21 @@ def extend(trace: Trace, chosen: Pattern, first: int) -> Trace:
     out = extension.extend()
     out.costs.rows = dict(_costs(trace, extension.pattern))
     return out
+
+
+def extended(make: Callable[[], Any], traced: Callable[[Any, nn.ModuleList], tuple[Trace, int]]) -> Trace:
+    """The trace of the whole model that `make` builds, from few of its layers where that is exact.
+
+    traced(model, its layers): a trace, and the number of its first event that is not static.
+    """
+    few = make()
+    chosen = pattern(few)
+    try:
+        return extend(*traced(few, cut(few, chosen)), chosen)
+    except Irregular:
+        few = make()
+        chosen = pattern(few).whole()
+        return extend(*traced(few, cut(few, chosen)), chosen)
 
 
 def _costs(trace: Trace, chosen: Pattern) -> Iterator[tuple[Any, list[int]]]:

@@ -273,14 +273,9 @@ def tiers(trace: Trace, device: Device) -> tuple[int, int, int, list[str]]:
 
 def _add_workspace(trace: Trace, nbytes: int) -> None:
     """One block, there from the start."""
-    trace.events.insert(0, len(trace.sizes))
+    trace.events.insert(0, trace.add(nbytes, "cuBLAS", kind="workspace"))
     trace.at.insert(0, 0)
     trace.last_step += 1
-    trace.sizes.append(nbytes)
-    trace.ops.append("cuBLAS")
-    trace.where.append("")
-    trace.kinds.append("workspace")
-    trace.born.append(0)
 
 
 def moment_of(trace: Trace, event: int, layers: int) -> Moment:

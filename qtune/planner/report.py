@@ -7,11 +7,11 @@ group of the bar has a sign of its own. Numbers are bytes as GiB or MiB of 2^30 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -168,12 +168,9 @@ def bar(plan: Plan, console: Console) -> list[Text]:
     if used < limit:
         line.append(free * (limit - used), "dim")
         line.append(edge, "bold")
-        line.append("")
     else:  # the limit stands inside of what is needed
         line = line[:limit] + Text(edge, "bold red") + line[limit:]
-    label = f"{size(plan.budget)}"
-    below = Text(" " * max(0, min(limit - len(label) + 1, width - len(label) + 1)) + label, "dim")
-    return [line, below]
+    return [line, Text(size(plan.budget).rjust(limit + 1), "dim")]  # the limit is named below its edge
 
 
 def _cells(values: Sequence[int], scale: int, width: int) -> list[int]:
@@ -198,6 +195,15 @@ def signs_of(console: Console) -> dict[str, str]:
 # ---- the tables
 
 
+def grid(titles: Mapping[str, JustifyMethod], wrapped: Sequence[str] = ()) -> Table:
+    """A table without lines, under bold titles; a column's cells break only if it is one of `wrapped`."""
+    made = Table.grid(padding=(0, 2))
+    for title, justify in titles.items():
+        made.add_column(justify=justify, no_wrap=title not in wrapped)
+    made.add_row(*(Text(title, "bold") for title in titles))
+    return made
+
+
 def table(plan: Plan, console: Console) -> Table:
     """Groups with their items; the last row is the sum of all items: the peak of the process."""
     made = Table.grid(padding=(0, 2))
@@ -219,6 +225,12 @@ def table(plan: Plan, console: Console) -> Table:
     return made
 
 
+def changes(amount: str, words: str) -> Table:
+    """The columns of a search: a change, its peak, whether that fits, an amount of bytes, and words."""
+    titles: dict[str, JustifyMethod] = {"change": "left", "peak": "right", "fits": "left"}
+    return grid({**titles, amount: "right", words: "left"}, wrapped=("change", "fits", words))
+
+
 def tiers(plan: Plan) -> Text:
     """Allocated, reserved, process: what the tools of torch and the driver would show."""
     text = Text()
@@ -231,10 +243,7 @@ def tiers(plan: Plan) -> Text:
 
 def phases(plan: Plan) -> Table:
     """The stages of the job beside the training step; a dash where nothing is taken."""
-    made = Table.grid(padding=(0, 2))
-    for title, justify in (("phase", "left"), ("device", "right"), ("host", "right"), ("disk", "right"), ("", "left")):
-        made.add_column(justify=justify, no_wrap=title != "")  # type: ignore[arg-type]
-    made.add_row(*(Text(name, "bold") for name in ("phase", "device", "host", "disk", "")))
+    made = grid({"phase": "left", "device": "right", "host": "right", "disk": "right", "": "left"}, wrapped=("",))
     for phase in plan.phases:
         amounts = (size(n) if n else "-" for n in (phase.device, phase.host, phase.disk))
         made.add_row(phase.name, *amounts, Text(phase.note, "dim"))
@@ -290,10 +299,7 @@ def show_fit(found: Fit, request: Request, screen: Screen) -> None:
     screen.line()
     screen.line(f"Limit {size(request.budget)}. Each row keeps the changes above it:")
     screen.line()
-    made = Table.grid(padding=(0, 2))
-    for justify in ("left", "right", "left", "right", "left"):
-        made.add_column(justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
-    made.add_row(*(Text(title, "bold") for title in ("change", "peak", "fits", "saved", "the price")))
+    made = changes("saved", "the price")
     made.add_row("the recipe as it is", *_peak(found.start), "", "")
     for rung in found.rungs:
         made.add_row(*_rung(rung))
@@ -343,10 +349,7 @@ def show_explained(start: Plan, rows: Sequence[Row], request: Request, screen: S
     screen.line()
     screen.line(f"Limit {size(request.budget)}. One change at a time, from the recipe as it is:")
     screen.line()
-    made = Table.grid(padding=(0, 2))
-    for justify in ("left", "right", "left", "right", "left"):
-        made.add_column(justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
-    made.add_row(*(Text(title, "bold") for title in ("change", "peak", "fits", "difference", "")))
+    made = changes("difference", "")
     shown_start = False
     for row in rows:
         if not shown_start and (row.difference > 0 or row.plan is None):
@@ -386,10 +389,7 @@ def show_measured(found: Measured, request: Request, screen: Screen) -> None:
     for line in head(found.plan):
         screen.line(line)
     screen.line()
-    made = Table.grid(padding=(0, 2))
-    for justify in ("left", "right", "right", "right", "left"):
-        made.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    made.add_row(*(Text(title, "bold") for title in ("tier", "planned", "measured", "error", "measured by")))
+    made = grid({"tier": "left", "planned": "right", "measured": "right", "error": "right", "measured by": "left"})
     for row in found.rows():
         planned, measured = size(row["planned"]), size(row["measured"])
         made.add_row(row["tier"], planned, measured, f"{row['error']:+.1%}", Text(row["how"], "dim"))

@@ -19,7 +19,7 @@ from ..optim import optimizer_of
 from ..recipe import TrainKeys
 from ..step import LanguageModel, TrainStep
 from .devices import Device
-from .layers import Irregular, cut, extend, find_layers, pattern
+from .layers import extended, find_layers
 from .standins import answers, on_meta, scratch_on
 from .trace import AFTER, BEFORE, UPDATE, Joined, Segment, Trace, Tracer, followed, without_collector
 
@@ -105,18 +105,9 @@ def planned_trace(make: Callable[[], Any], keys: TrainKeys, batch: MetaBatch, de
 
     batch: the micro-batch; every micro-batch is taken to be like it. Raises Untraceable where a model asks for values.
     """
-    whole, few = make(), make()
-    chosen = pattern(few)
-    batches = [batch] * min(MICRO_BATCHES, keys.accumulate)
-    try:
-        gradients, first = _gradients(few, cut(few, chosen), keys, batches, device)
-        extended = extend(gradients, chosen, first)
-    except Irregular:
-        few = make()
-        chosen = pattern(few).whole()
-        gradients, first = _gradients(few, find_layers(few)[1], keys, batches, device)
-        extended = extend(gradients, chosen, first)
-    return _steps(whole, keys, batches, extended, device), whole
+    whole, batches = make(), [batch] * min(MICRO_BATCHES, keys.accumulate)
+    gradients = extended(make, lambda model, layers: _gradients(model, layers, keys, batches, device))
+    return _steps(whole, keys, batches, gradients, device), whole
 
 
 def _gradients(

@@ -71,6 +71,13 @@ class Trace:
                 live -= self.sizes[~event]
         return most, when
 
+    def add(self, size: int, op: str, where: str = "", kind: str = "", born: int = 0) -> int:
+        """A new block, whose birth is the caller's to write; returns its number."""
+        columns = (self.sizes, size), (self.ops, op), (self.where, where), (self.kinds, kind), (self.born, born)
+        for column, value in columns:
+            column.append(value)  # type: ignore[arg-type]
+        return len(self.sizes) - 1
+
     def forget(self, block: int) -> None:
         """Take the birth of the newest block back."""
         assert block == len(self.sizes) - 1 and self.events[-1] == block, "only the newest block, right after its birth"
@@ -211,14 +218,10 @@ class Tracer(TorchDispatchMode):
 
     def _new(self, size: int, op: str, kind: str) -> int:
         trace = self.trace
-        block = len(trace.sizes)
-        trace.sizes.append(size)
-        trace.ops.append(op)
-        trace.where.append(self._modules[-1] if self._modules else "")
-        trace.kinds.append(kind)
-        trace.born.append(len(trace.segments) - 1)
+        at = len(trace.segments) - 1
+        block = trace.add(size, op, self._modules[-1] if self._modules else "", kind, at)
         trace.events.append(block)
-        trace.at.append(len(trace.segments) - 1)
+        trace.at.append(at)
         return block
 
     def _gone(self, block: int, key: int, _: Any) -> None:
@@ -273,12 +276,8 @@ class Joined:
                     continue
                 self.buffers[other.ops[block]] = block
             if event >= 0:
-                moved[block] = len(trace.sizes)
-                trace.sizes.append(other.sizes[block])
-                trace.ops.append(other.ops[block])
-                trace.where.append(other.where[block])
-                trace.kinds.append(other.kinds[block])
-                trace.born.append(segments + other.born[block])
+                what = other.sizes[block], other.ops[block], other.where[block], other.kinds[block]
+                moved[block] = trace.add(*what, segments + other.born[block])
                 if block in other.names:
                     trace.names[moved[block]] = made_name = other.names[block]
                     made[made_name] = moved[block]

@@ -78,8 +78,12 @@ class Scheme(ABC):
     ) -> Tensor:
         """x [..., in] -> x W^T, or with `transpose` x [..., out] -> x W. inner [..., r] and factor [out, r] add inner
         factor^T; with `transpose` factor is [r, in], and inner factor is added."""
-        w = self.unpack(parts, shape, x.dtype)
+        w = self.operand(parts, shape, x.dtype)
         return plus(x @ w if transpose else torch.nn.functional.linear(x, w), inner, factor, transpose)
+
+    def operand(self, parts: Parts, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in `dtype`, to be multiplied with and not written to."""
+        return self.unpack(parts, shape, dtype)
 
     def largest(self) -> float:
         """The largest magnitude that the scheme can store."""
@@ -198,17 +202,8 @@ class Dense(Scheme):
     def rows(self, ids: Tensor, parts: Parts, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.nn.functional.embedding(ids, parts["weight"]).to(dtype)
 
-    def matmul(
-        self,
-        x: Tensor,
-        parts: Parts,
-        shape: Sequence[int],
-        transpose: bool,
-        inner: Tensor | None = None,
-        factor: Tensor | None = None,
-    ) -> Tensor:
-        w = parts["weight"].to(x.dtype)
-        return plus(x @ w if transpose else torch.nn.functional.linear(x, w), inner, factor, transpose)
+    def operand(self, parts: Parts, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return parts["weight"].to(dtype)
 
 
 def scheme_from(value: str | Mapping[str, Any] | Scheme) -> Scheme:
