@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench bench-quality docs-tables clean setup FORCE
+.PHONY: help demo test test-slow check bench bench-quality bench-7b bench-7b-stock docs-tables clean setup FORCE
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -32,13 +32,19 @@ check: setup ## lint (ruff) and type-check (mypy)
 	@$(PY) -m ruff check .; linted=$$?; $(PY) -m mypy && exit $$linted
 
 # what takes hours is a target of its own
-SLOW_BENCH := benchmarks/quality.py benchmarks/recipes.py
+SLOW_BENCH := benchmarks/quality.py benchmarks/recipes.py benchmarks/seven_b.py
 
 bench: setup ## run every benchmarks/*.py that takes minutes
 	@set -e; for script in $(filter-out $(SLOW_BENCH),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(PY) "$$script"; done
 
 bench-quality: setup ## measure the starts and the recipes of configs/methods/ (hours; goes on where it stopped)
-	@set -e; for script in $(SLOW_BENCH); do echo "== $$script"; $(PY) "$$script"; done
+	@set -e; for script in benchmarks/quality.py benchmarks/recipes.py; do echo "== $$script"; $(PY) "$$script"; done
+
+bench-7b: setup ## train a 7B shape for two steps, weights resident and streamed: memory and time (20 minutes, 8 GB of disk)
+	@$(PY) benchmarks/seven_b.py $(ARGS)
+
+bench-7b-stock: setup ## the same by transformers + PEFT + bitsandbytes
+	@$(PY) benchmarks/seven_b.py --stock $(ARGS)
 
 docs-tables: setup ## write the README's tables from benchmarks/results/
 	@$(PY) benchmarks/results.py

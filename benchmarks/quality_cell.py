@@ -77,10 +77,10 @@ class Bench:
         """Without end, in an order that hangs on the seed."""
         import torch
 
-        from qtune.data import stream
+        from qtune.data import Capacity, stream
 
         if kind == "task":
-            yield from stream(self.task[0], TASK_BATCH, seed)
+            yield from stream(self.task[0], Capacity(TASK_BATCH), seed)
         while True:
             order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
             for picked in order.split(BATCH)[: len(order) // BATCH]:
@@ -165,12 +165,13 @@ def perplexity(language: Any, bench: Bench) -> float | None:
 
 def train(language: Any, bench: Bench, kind: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
     """Train; the losses, the median step and, at the end, what the model knows."""
+    from qtune.data import Capacity
     from qtune.evaluate import evaluate
-    from qtune.optim import AdamW, lr_factor
+    from qtune.optim import Optimizer, lr_factor
     from qtune.step import NonFinite, TrainStep
 
     named = [(name, p) for name, p in language.model.named_parameters() if p.requires_grad]
-    step, losses, seconds = TrainStep(language, AdamW(named, lr=rate), clip=1.0), [], []
+    step, losses, seconds = TrainStep(language, Optimizer(named, lr=rate), clip=1.0), [], []
     language.model.train()
     with PeakMemory() as memory:
         for number, batch in zip(range(steps), bench.batches(kind, seed), strict=False):
@@ -183,7 +184,7 @@ def train(language: Any, bench: Bench, kind: str, rate: float, seed: int, steps:
     found = {"losses": [round(loss, 4) for loss in losses], "step_seconds": statistics.median(seconds)}
     found["peak_bytes"] = memory.peak
     if kind == "task":
-        result = evaluate(language, bench.task[1], micro_batch=TASK_BATCH)
+        result = evaluate(language, bench.task[1], capacity=Capacity(TASK_BATCH))
         return found | {"accuracy": result.accuracy, "chance": result.chance, "examples": result.examples}
     return found | {"perplexity": perplexity(language, bench)}
 

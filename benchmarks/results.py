@@ -315,6 +315,33 @@ def _ordered(runs: dict[str, list[Any]]) -> str:
     return text
 
 
+def seven_b_table(rows: list[dict[str, Any]]) -> list[str]:
+    """One step of a 7B: memory planned and measured, time beside the products' limit."""
+    table = [
+        "| 7B shape, 1 x 512 tokens | planned | measured | s a step | of the limit | loading |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        planned = f"{row['planned'] / 2**30:.2f} GiB" if row["planned"] else ""
+        ratio = f"{row['step_seconds'] / row['limit_seconds']:.2f} x {row['limit_seconds']:.0f} s"
+        cells = [row["mode"], planned, f"{row['peak'] / 2**30:.2f} GiB", f"{row['step_seconds']:.0f}", ratio]
+        cells.append(f"{row['load_seconds']:.0f} s, {row['load_peak'] / 2**30:.2f} GiB")
+        table.append(f"| {' | '.join(cells)} |")
+    return table
+
+
+def cards_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The longest example that each card trains: with the weights on it / streamed to it."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    found = {(row["card"], row["model"], row["how"]): row["tokens"] for row in rows}
+    table = [f"| card | {' | '.join(models)} |", f"| --- |{' --- |' * len(models)}"]
+    for card in dict.fromkeys(row["card"] for row in rows):
+        both = [[found[card, model, how] for how in ("on the card", "streamed")] for model in models]
+        cells = [" / ".join(f"{tokens:,}" if tokens else "-" for tokens in pair) for pair in both]
+        table.append(f"| {card} | {' | '.join(cells)} |")
+    return table
+
+
 SAME_FILE = {"quality-starts": "quality", "quality-papers": "quality"}  # tables of another's results
 TABLES: dict[str, Callable[[Any], list[str]]] = {
     "merge": merge_table,
@@ -324,6 +351,8 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "kernels": kernels_table,
     "plan": plan_table,
     "published": published_table,
+    "seven_b": seven_b_table,
+    "cards": cards_table,
     "quality": quality_table,
     "quality-starts": quality_starts_table,
     "quality-papers": quality_papers_table,
@@ -335,7 +364,7 @@ def read(name: str) -> tuple[Any, str, dict[str, Any]]:
     """What the table of this name is made of, the file's name, and a value that says where it was measured."""
     path = FOLDER / f"{SAME_FILE.get(name, name)}.jsonl"
     if path.exists():
-        rows = [row for row in read_rows(path) if row["device"] in ("cpu", "meta")]
+        rows = [row for row in read_rows(path) if row["device"] in ("cpu", "meta", "plan")]
         return rows, path.name, rows[0]
     path = path.with_suffix(".json")
     value = json.loads(path.read_text("utf-8"))

@@ -102,8 +102,9 @@ def qtune_step(folder: Path, checkpointing: bool) -> Callable[[Any], float]:
     import torch
 
     from qtune.adapters import AdapterSpec, adapt
+    from qtune.memory.boundaries import Boundaries
     from qtune.model import load
-    from qtune.optim import AdamW
+    from qtune.optim import Optimizer
     from qtune.quant import NF4
     from qtune.step import LanguageModel, TrainStep
 
@@ -112,9 +113,10 @@ def qtune_step(folder: Path, checkpointing: bool) -> Callable[[Any], float]:
     first_values(model.named_parameters(), lambda name: name.endswith(".A"))
     language = LanguageModel(model)
     language.choose_attention(1 << 20)
-    language.checkpointing(checkpointing)
+    language.checkpointing(Boundaries() if checkpointing else None)
     model.train()
-    step = TrainStep(language, AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=LR), clip=1.0)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    step = TrainStep(language, Optimizer(trained, lr=LR), clip=1.0)
 
     def run(ids: Any) -> float:
         batch = SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)

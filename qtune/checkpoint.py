@@ -24,6 +24,7 @@ from .quant import Scheme, Storage
 from .safe_io import replacing, write_json
 
 SHARD_BYTES = 5_000_000_000
+MAPPED_BYTES = 256_000_000  # read through one mapping of a file
 HEADER_LIMIT = 100_000_000  # the format's own limit
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -149,11 +150,11 @@ class Safetensors:
     def __init__(self, folder: Path, stem: str = "model") -> None:
         files, faults = shard_files(folder, stem)
         self.entries: dict[str, Stored] = {}
-        self._file: dict[str, Any] = {}
+        self._file: dict[str, _Mapped] = {}
         for file, expected in sorted(files.items()) if not faults else ():
             try:
                 found = read_header(folder / file)
-                handle = safe_open(str(folder / file), framework="pt", device="cpu")
+                handle = _Mapped(folder / file)
             except QtuneError as error:
                 faults.append(str(error))
                 continue
@@ -169,7 +170,37 @@ class Safetensors:
 
     def read(self, name: str) -> Tensor:
         """The tensor, as a view of the mapped file: it costs no anonymous memory and must not be written to."""
-        return self._file[name].get_tensor(name)
+        return self._file[name].read(name)
+
+
+class _Mapped:
+    """A safetensors file, mapped anew after every MAPPED_BYTES that were read: pages that were touched count as the
+    process's memory for as long as their mapping lives, which is until the last tensor of it is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seen = self._look()
+        self.handle = self._open()
+        self.left = MAPPED_BYTES
+
+    def read(self, name: str) -> Tensor:
+        if self.left <= 0:
+            if self._look() != self.seen:
+                raise QtuneError(f"{self.path} was changed while it was read; start again when nothing writes to it")
+            self.handle, self.left = self._open(), MAPPED_BYTES
+        tensor: Tensor = self.handle.get_tensor(name)
+        self.left -= tensor.numel() * tensor.element_size()
+        return tensor
+
+    def _open(self) -> Any:
+        return safe_open(str(self.path), framework="pt", device="cpu")
+
+    def _look(self) -> tuple[int, int, int]:
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            raise QtuneError(f"{self.path} is gone while it was read: {error.strerror or error}") from error
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 # ---- writing ----
@@ -177,12 +208,14 @@ class Safetensors:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write: what the header must know, and how to get it when its turn comes."""
+    """A tensor to write: what the header must know, and how to get it when its turn comes. site: the module that it is
+    made of, where that matters."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     tensor: Callable[[], Tensor]
+    site: str = ""
 
     @property
     def nbytes(self) -> int:

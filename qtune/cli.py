@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import QtuneError, one_of
+from .errors import FREE_MEMORY, QtuneError, is_out_of_memory, one_of
 from .planner.command import options as plan_options
 
 
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run", metavar="RUN", help="folder of a run")
     sub.add_argument("--data", metavar="FILE", help="records to evaluate on; default: data.eval of the run's recipe")
     sub.add_argument("--base", action="store_true", help="also evaluate the base without its adapter")
-    sub.add_argument("--batch", type=int, metavar="N", help="examples at a time; default: train.micro_batch")
+    sub.add_argument("--batch", type=int, metavar="N", help="examples at a time; default: as in training")
     sub.add_argument("--device", help="auto, cuda, mps or cpu; default: the recipe's")
 
     sub = command("merge", "Write base + adapter as a plain transformers checkpoint and verify it.")
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QtuneError as error:
         return _fail(args, str(error), 1)
     except Exception as error:  # noqa: BLE001 (the last door: whatever comes is told in a paragraph)
-        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY):
+        if is_out_of_memory(error):
             reason = (str(error).splitlines() or ["out of memory"])[0]
             return _fail(args, f"{reason}; {FREE_MEMORY.get(args.command, 'free some memory, or use --device cpu')}", 1)
         if isinstance(error, OSError):  # a full disk, a folder without rights ...
@@ -151,15 +151,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             args, f"{type(error).__name__}: {error} (not foreseen: please report it with the output of --debug)", 1
         )
-
-
-# how torch says on GPUs, on Linux and on Windows that memory is full; and what helps
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-FREE_MEMORY = {
-    "train": "lower train.micro_batch or data.max_length, or set train.checkpointing",
-    "eval": "give a smaller --batch",
-    "plan": "the first values of the adapter are drawn here: lower adapter.rank",
-}
 
 
 def _fail(args: argparse.Namespace, text: str, code: int) -> int:
@@ -241,7 +232,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     from .adapters import enable_adapters
-    from .data import load_data
+    from .data import Capacity, load_data
     from .evaluate import evaluate
     from .runs import open_run
     from .step import LanguageModel
@@ -258,16 +249,12 @@ def _eval(args: argparse.Namespace) -> None:
         path, run.tokenizer, max_length=keys.max_length, loss_on=keys.loss_on, template=keys.template
     )
     screen.line(str(report))
+    capacity = Capacity(args.batch) if args.batch else Capacity.of(run.recipe.train)
     results = {}
     for name, enabled in ((("base", False),) if args.base else ()) + (("adapter", True),):
         enable_adapters(run.model, enabled)
         with screen.bar(f"evaluating {name}", len(examples)) as advance:
-            result = evaluate(
-                LanguageModel(run.model),
-                examples,
-                micro_batch=args.batch or run.recipe.train.micro_batch,
-                advance=advance,
-            )
+            result = evaluate(LanguageModel(run.model), examples, capacity=capacity, advance=advance)
         screen.line(f"{name:8} {result}")
         results[name] = result.to_dict()
     _emit(args, results)

@@ -1,15 +1,17 @@
 """Training data: files -> records -> examples (token ids with a mask of what is trained) -> right-padded batches.
 
 The mask is kept by position and never found by token id, so `pad == eos` cannot hide an EOS.
-Left out: packing several examples into one row, grouping by length.
+Left out: packing several examples into one row (`Capacity.fill` is where it would be), grouping by length.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from .encode import Encoder, shared
 from .errors import QtuneError
 from .loss import IGNORED, trained_tokens
 from .records import Record, read_records
+from .sections import TrainKeys
 
 
 @dataclass(frozen=True)
@@ -169,26 +172,112 @@ def collate(examples: Sequence[Example]) -> Batch:
     return Batch(ids, mask, labels)
 
 
-def batches(examples: Sequence[Example], micro_batch: int, *, seed: int | None, epoch: int = 0) -> Iterator[Batch]:
-    """One pass over the examples; the last batch may be smaller.
+@dataclass(frozen=True)
+class Capacity:
+    """What a micro-batch holds at most: `limit` examples; with `by_tokens`, as many as fit into `limit` tokens, counted
+    as examples x longest, padding with them."""
 
-    The order depends on (seed, epoch) alone; `seed=None` keeps the file's order.
-    """
-    if not examples:
-        raise QtuneError("no examples to make batches of")
-    order = list(range(len(examples)))
+    limit: int
+    by_tokens: bool = False
+
+    @classmethod
+    def of(cls, keys: TrainKeys) -> Capacity:
+        """What a recipe asks for."""
+        if keys.micro_tokens is not None:
+            return cls(keys.micro_tokens, True)
+        assert keys.micro_batch is not None, "a recipe has one of the two"
+        return cls(keys.micro_batch)
+
+    def __str__(self) -> str:
+        one = "" if self.limit == 1 else "s"
+        return f"{self.limit:,} token{one}" if self.by_tokens else f"{self.limit:,} example{one}"
+
+    def rows(self, longest: int) -> int:
+        """Examples in a micro-batch whose longest has `longest` tokens; one is always taken."""
+        return max(1, self.limit // max(1, longest)) if self.by_tokens else self.limit
+
+    def fill(self, order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Micro-batches of examples, by number, in `order`: each takes the next ones as long as they fit.
+
+        lengths: tokens of every example. Every example of the order is in one micro-batch, whole.
+        """
+        taken: list[int] = []
+        longest = 0
+        for index in order:
+            longest = max(longest, lengths[index])
+            if taken and len(taken) >= self.rows(longest):
+                yield taken
+                taken, longest = [], lengths[index]
+            taken.append(index)
+        if taken:
+            yield taken
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """Raises QtuneError for an example that does not fit even alone."""
+        longest = max(examples, key=lambda example: len(example.input_ids))
+        if self.by_tokens and len(longest.input_ids) > self.limit:
+            raise QtuneError(
+                f"train.micro_tokens is {self.limit:,}, and the longest example ({longest.where}) has "
+                f"{len(longest.input_ids):,} tokens; legal: {len(longest.input_ids):,} or more, or a data.max_length "
+                f"of up to {self.limit:,}"
+            )
+
+
+def order_of(count: int, seed: int | None, epoch: int) -> list[int]:
+    """The order of `count` examples in an epoch: by (seed, epoch) alone; `seed=None` keeps the file's."""
+    order = list(range(count))
     if seed is not None:
         random.Random(f"{seed}/{epoch}").shuffle(order)  # a string is hashed whole: (0, 1) and (1, 0) differ
-    for start in range(0, len(order), micro_batch):
-        yield collate([examples[i] for i in order[start : start + micro_batch]])
+    return order
 
 
-def stream(examples: Sequence[Example], micro_batch: int, seed: int) -> Iterator[Batch]:
+def batches(examples: Sequence[Example], capacity: Capacity, *, seed: int | None, epoch: int = 0) -> Iterator[Batch]:
+    """One pass over the examples in the order of (seed, epoch); the last batch may be smaller."""
+    if not examples:
+        raise QtuneError("no examples to make batches of")
+    lengths = [len(example.input_ids) for example in examples]
+    for taken in capacity.fill(order_of(len(examples), seed, epoch), lengths):
+        yield collate([examples[i] for i in taken])
+
+
+def stream(examples: Sequence[Example], capacity: Capacity, seed: int) -> Iterator[Batch]:
     """Batches without end: epoch after epoch, each in an order of its own."""
     epoch = 0
     while True:
-        yield from batches(examples, micro_batch, seed=seed, epoch=epoch)
+        yield from batches(examples, capacity, seed=seed, epoch=epoch)
         epoch += 1
+
+
+def micro_batches(lengths: Sequence[int], capacity: Capacity, seed: int, epoch: int) -> int:
+    """How many micro-batches an epoch has. By tokens that hangs on its order, so they are made and counted."""
+    if not capacity.by_tokens:
+        return math.ceil(len(lengths) / capacity.limit)
+    return sum(1 for _ in capacity.fill(order_of(len(lengths), seed, epoch), lengths))
+
+
+def steps_of(keys: TrainKeys, lengths: Sequence[int]) -> int:
+    """Optimizer steps of a run over examples of these lengths, in the order of their file.
+
+    The micro-batches of each epoch are those of its own order, of a broken epoch the first part of them. Where they do
+    not come out even, the last step takes more, from what comes next.
+    """
+    if keys.steps is not None:
+        return keys.steps
+    capacity, epochs = Capacity.of(keys), Fraction(str(keys.epochs or 1.0))
+    whole = int(epochs)
+    if capacity.by_tokens:
+        total = Fraction(sum(micro_batches(lengths, capacity, keys.seed, epoch) for epoch in range(whole)))
+        total += (epochs - whole) * (micro_batches(lengths, capacity, keys.seed, whole) if epochs > whole else 0)
+    else:
+        total = epochs * micro_batches(lengths, capacity, keys.seed, 0)
+    return max(1, math.ceil(total / keys.accumulate))
+
+
+def padding(lengths: Sequence[int], capacity: Capacity, seed: int) -> float:
+    """The share of a first epoch's places that is padding."""
+    taken = capacity.fill(order_of(len(lengths), seed, 0), lengths)
+    places = sum(len(one) * max(lengths[i] for i in one) for one in taken)
+    return 1 - sum(lengths) / places
 
 
 def show_example(example: Example, tokenizer: Any, *, colour: bool = True, limit: int = 800) -> Text:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from . import __version__, backend
 from .memory import keep_freed_memory
+from .memory.cuda import told
 from .ops import REFERENCES
 from .screen import size
 from .speed import cases, machine, seconds
@@ -134,6 +135,7 @@ def findings() -> dict[str, Any]:
         "cpu": f"{os.cpu_count()} cores ({torch.get_num_threads()} torch threads), "
         f"{torch.backends.cpu.get_cpu_capability()}, {_memory()}",
         "cuda": _cuda(),
+        "cuda memory": told(),
         "mps": "available (reference kernels; not tested by this project)"
         if torch.backends.mps.is_available()
         else "not available",

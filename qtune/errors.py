@@ -1,4 +1,5 @@
-"""The one exception for faults of the user's input: the CLI prints its text as one paragraph, without a traceback."""
+"""The one exception for faults of the user's input: the CLI prints its text as one paragraph, without a traceback;
+and how a full memory is recognized."""
 
 from __future__ import annotations
 
@@ -16,3 +17,17 @@ def one_of(what: str, given: object, legal: Iterable[object]) -> QtuneError:
     close = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return QtuneError(f"unknown {what} {str(given)!r}{hint}; legal: {', '.join(names)}")
+
+
+# how torch says on GPUs, on Linux and on Windows that memory is full; and what helps
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+FREE_MEMORY = {
+    "train": "lower train.micro_batch or data.max_length, or set train.checkpointing",
+    "eval": "give a smaller --batch",
+    "plan": "the first values of the adapter are drawn here: lower adapter.rank",
+}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's MemoryError, or torch's error of any device."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY)

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .data import Batch, Example, batches, collate
+from .data import Batch, Capacity, Example, batches, collate
 from .errors import QtuneError
-from .loss import IGNORED, chunk_rows
+from .loss import IGNORED, chunked_losses
+from .memory.layers import device_of
 from .step import LanguageModel
 
 MAX_CHOICES = 8  # more distinct answers than this are not a choice
@@ -61,20 +61,20 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, examples: Sequence[Example], *, micro_batch: int, advance: Advance | None = None
+    model: LanguageModel, examples: Sequence[Example], *, capacity: Capacity, advance: Advance | None = None
 ) -> EvalResult:
     """Loss over all examples; where they all answer with one of a few token sequences, also how often the likeliest
-    one is right."""
+    one is right. capacity: of a micro-batch; training's is enough, so that no evaluation takes more than training."""
     answers = choices_of(examples)
-    device = next(model.model.parameters()).device
+    device = device_of(model.model)
     mode = model.model.training
     model.model.eval()
     try:
         if answers is not None:
-            return _evaluate_choice(model, examples, answers, micro_batch, device, advance)
+            return _evaluate_choice(model, examples, answers, capacity, device, advance)
         total, tokens = 0.0, 0
-        for batch in batches(examples, micro_batch, seed=None):
-            total += model.loss_sum(batch.to(device)).item()
+        for batch in batches(examples, capacity, seed=None):
+            total += model.loss_sum(batch.to(device), plain=True).item()
             tokens += batch.trained
             if advance:
                 advance(batch.input_ids.shape[0])
@@ -107,32 +107,30 @@ def _evaluate_choice(
     model: LanguageModel,
     examples: Sequence[Example],
     answers: Sequence[tuple[int, ...]],
-    micro_batch: int,
+    capacity: Capacity,
     device: torch.device,
     advance: Advance | None,
 ) -> EvalResult:
     """Every answer's log likelihood after every prompt: the likeliest is the prediction, the right one's gives the
-    loss."""
-    total, tokens, right = 0.0, 0, 0
-    truth: Counter[int] = Counter()
-    for group in _groups(sorted(examples, key=lambda e: len(e.input_ids)), max(1, micro_batch)):
-        candidates = [_with_answer(example, answer) for example in group for answer in answers]
-        scores = _log_likelihood(model, collate(candidates).to(device)).view(len(group), len(answers))
-        labels = [answers.index(_answer(e) or ()) for e in group]
-        truth.update(labels)
-        predicted = scores.argmax(dim=1).tolist()
-        right += sum(p == label for p, label in zip(predicted, labels, strict=True))
-        total -= sum(scores[i, label].item() for i, label in enumerate(labels))
-        tokens += sum(len(answers[label]) for label in labels)
-        if advance:
-            advance(len(group))
-    n = len(examples)
-    return EvalResult(total / tokens, tokens, n, right / n, max(truth.values()) / n, len(answers))
-
-
-def _groups(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
+    loss. Each answer after a prompt is a row of its own, so the rows of one prompt may lie in several micro-batches."""
+    examples = sorted(examples, key=lambda e: len(e.input_ids))
+    candidates = [_with_answer(example, answer) for example in examples for answer in answers]
+    scores, done = torch.empty(len(candidates)), 0
+    for rows in capacity.fill(range(len(candidates)), [len(one.input_ids) for one in candidates]):
+        batch = collate([candidates[i] for i in rows])
+        scores[rows] = _log_likelihood(model, batch.to(device)).cpu()
+        now = (rows[-1] + 1) // len(answers)
+        if advance and now > done:
+            advance(now - done)
+        done = now
+    scores = scores.view(len(examples), len(answers))
+    labels = [answers.index(_answer(e) or ()) for e in examples]
+    predicted = scores.argmax(dim=1).tolist()
+    right = sum(p == label for p, label in zip(predicted, labels, strict=True))
+    total = -sum(scores[i, label].item() for i, label in enumerate(labels))
+    tokens = sum(len(answers[label]) for label in labels)
+    n, most = len(examples), max(Counter(labels).values())
+    return EvalResult(total / tokens, tokens, n, right / n, most / n, len(answers))
 
 
 def _with_answer(example: Example, answer: tuple[int, ...]) -> Example:
@@ -149,11 +147,10 @@ def _log_likelihood(model: LanguageModel, batch: Batch) -> Tensor:
     row, place = torch.nonzero(target != IGNORED, as_tuple=True)
     hidden, target = hidden[row, place], target[row, place]
     out = torch.zeros(len(batch.labels), device=hidden.device)
-    chunk = chunk_rows(model.config.get_text_config().vocab_size)
-    for start in range(0, len(row), chunk):
-        part = slice(start, start + chunk)
-        logits = model.transform(model.head(hidden[part])).float()
-        out.index_add_(0, row[part], -F.cross_entropy(logits, target[part], reduction="none"))
+    chunk = model.loss.rows(model.config.get_text_config().vocab_size)
+    losses = chunked_losses(hidden, target, model.head, model.transform, chunk, model.loss.plain())
+    for start, loss in zip(range(0, len(row), chunk), losses, strict=True):
+        out.index_add_(0, row[start : start + chunk], -loss.float())
     return out
 
 
@@ -176,7 +173,7 @@ def generate(
         raise QtuneError(
             "the prompt is empty, and the tokenizer puts nothing before a text: there is nothing to continue"
         )
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = torch.tensor([list(prompt_ids)], device=device)
     stops = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}

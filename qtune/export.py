@@ -28,6 +28,9 @@ from .adapters.starts import difference
 from .checkpoint import Entry, write
 from .data import tokenize
 from .errors import QtuneError, one_of
+from .memory.layers import device_of
+from .model.experts import Experts
+from .model.saving import PublishedNames
 from .peft import to_peft
 from .quant import Dense, QuantEmbedding, QuantLinear
 from .quant.scheme import DTYPES
@@ -178,28 +181,33 @@ def _counted(entry: Entry, advance: Callable[..., None]) -> Entry:
         advance(1)
         return value
 
-    return Entry(entry.name, entry.dtype, entry.shape, tensor)
+    return replace(entry, tensor=tensor)
 
 
 def merged_entries(model: nn.Module, dtype: torch.dtype) -> Iterator[Entry]:
     """Name, dtype, shape and a way to make each tensor of the plain checkpoint, in the model's order; a tied head is
     left out."""
-    inside: tuple[str, ...] = (SHARED + ".",)
+    names, inside = PublishedNames(model), SHARED + "."
     tied = tied_head(model)
-    for name, module in model.named_modules():
-        if (name + ".").startswith(inside) or name == tied:
+    for path, module in model.named_modules():
+        if (path + ".").startswith((inside, SHARED + ".")) or path == tied:
             continue
+        name = names.of(f"{path}.weight").removesuffix(".weight")
         if isinstance(module, Adapted):
-            inside += (name + ".",)
-            yield from _linear_entries(name, module.base, module.merged, dtype)
+            inside = path + "."
+            yield from _linear_entries(name, module.base, module.merged, dtype, path)
+        elif isinstance(module, Experts):
+            inside = path + "."
+            yield from names.experts(path, module, partial(_expert, module, path, dtype), dtype)
         elif isinstance(module, QuantLinear):
-            yield from _linear_entries(name, module, partial(_plain, module), dtype)
+            yield from _linear_entries(name, module, partial(_plain, module), dtype, path)
         elif isinstance(module, QuantEmbedding):
-            yield Entry(f"{name}.weight", dtype, module.shape, partial(module.dequantize, dtype))
+            yield Entry(f"{name}.weight", dtype, module.shape, partial(module.dequantize, dtype), path)
         else:
             for key, tensor in _own_tensors(module):
                 kind = dtype if tensor.is_floating_point() else tensor.dtype
-                yield Entry(f"{name}.{key}".lstrip("."), kind, tuple(tensor.shape), partial(tensor.to, kind))
+                named = names.of(f"{path}.{key}".lstrip("."))
+                yield Entry(named, kind, tuple(tensor.shape), partial(tensor.to, kind), path)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -213,7 +221,16 @@ def _plain(module: QuantLinear) -> tuple[Tensor, Tensor | None]:
     return module.dequantize(torch.float32), module.bias
 
 
-def _linear_entries(name: str, base: QuantLinear, dense: Dense32, dtype: torch.dtype) -> Iterator[Entry]:
+def _expert(experts: Experts, path: str, dtype: torch.dtype, number: int, leaf: str) -> Tensor:
+    """One expert's merged matrix [out, in]."""
+    layer: Any = experts.get_submodule(f"{number}.{leaf}")
+    adapted = isinstance(layer, Adapted)
+    dense = layer.merged if adapted else partial(_plain, layer)
+    site = f"{path}.{number}.{leaf}"
+    return next(_linear_entries(site, layer.base if adapted else layer, dense, dtype, site)).tensor()
+
+
+def _linear_entries(name: str, base: QuantLinear, dense: Dense32, dtype: torch.dtype, site: str) -> Iterator[Entry]:
     def weight() -> Tensor:
         full, bias = dense()
         if bias is not None and base.bias is None:
@@ -228,9 +245,9 @@ def _linear_entries(name: str, base: QuantLinear, dense: Dense32, dtype: torch.d
         assert value is not None, name
         return value.to(dtype)
 
-    yield Entry(f"{name}.weight", dtype, base.shape[::-1] if base.conv1d else base.shape, weight)
+    yield Entry(f"{name}.weight", dtype, base.shape[::-1] if base.conv1d else base.shape, weight, site)
     if base.bias is not None:
-        yield Entry(f"{name}.bias", dtype, (base.out_features,), bias)
+        yield Entry(f"{name}.bias", dtype, (base.out_features,), bias, site)
 
 
 def tied_head(model: Any) -> str | None:
@@ -264,7 +281,7 @@ def _on_original(run: Run, dtype: str, screen: Screen) -> Any:
     """The run's model again, over the weights before quantization. Of an adapter that did not start as the identity
     only what it learned goes on top: its start made up for the quantization, which is not there."""
     recipe = run.recipe
-    device = next(run.model.parameters()).device
+    device = device_of(run.model)
     options: dict[str, Any] = {"scheme": Dense(dtype), "dtype": DTYPES[recipe.dtype], "device": device}
     model = load_with_bar(recipe.model, screen, **options)
     sites = load_adapter(model, run.folder, other_base=True)

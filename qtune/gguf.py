@@ -142,16 +142,21 @@ class GGUF:
         """`general.architecture`, or "" where the file names none."""
         return str(self.fields.get("general.architecture", ""))
 
-    def rows(self, name: str) -> Iterator[Tensor]:
-        """The tensor as fp32 blocks of rows [r, last dimension], in order."""
+    def rows(self, name: str, at: int | None = None) -> Iterator[Tensor]:
+        """The tensor as fp32 blocks of rows [r, last dimension], in order; at: only this place of its first
+        dimension."""
         entry = self.tensors[name]
         count = prod(entry.shape[:-1])
         width = entry.nbytes // max(count, 1)
+        start = entry.start
+        if at is not None:
+            count //= entry.shape[0]
+            start += at * count * width
         step = max(1, CHUNK // entry.shape[-1])
         kind = _package().GGMLQuantizationType(entry.kind)
         for first in range(0, count, step):
             n = min(step, count - first)
-            raw = np.frombuffer(self._data, np.uint8, n * width, entry.start + first * width).reshape(n, width)
+            raw = np.frombuffer(self._data, np.uint8, n * width, start + first * width).reshape(n, width)
             try:
                 block = _package().dequantize(raw, kind)
             except NotImplementedError as error:
@@ -160,14 +165,15 @@ class GGUF:
                 ) from error
             yield torch.from_numpy(np.require(block, np.float32, "W"))
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor in fp32; at most one block of rows is held twice."""
-        shape = self.tensors[name].shape
+    def read(self, name: str, at: int | None = None) -> Tensor:
+        """The whole tensor in fp32, or [1, ...] what lies at one place of its first dimension; at most one block of
+        rows is held twice."""
+        shape = self.tensors[name].shape if at is None else (1, *self.tensors[name].shape[1:])
         out = torch.empty(prod(shape[:-1]), shape[-1])
-        at = 0
-        for block in self.rows(name):
-            out[at : at + len(block)] = block
-            at += len(block)
+        done = 0
+        for block in self.rows(name, at):
+            out[done : done + len(block)] = block
+            done += len(block)
         return out.view(shape)
 
     def write_header(self, path: Path) -> None:

@@ -15,7 +15,8 @@ Limits = Mapping[str, Any]
 
 
 def key(kind: str, doc: str, default: Any = MISSING, *, factory: Any = MISSING, **limits: Any) -> Any:
-    """A dataclass field for a recipe key. kind: see READERS; limits: legal (choices), low (>=), above (>), null."""
+    """A dataclass field for a recipe key. kind: see READERS; limits: legal (choices), low (>=), above (>), below (<),
+    null."""
     metadata = {"kind": kind, "doc": doc, **limits}
     if factory is not MISSING:
         return field(default_factory=factory, metadata=metadata)
@@ -36,7 +37,8 @@ def read(f: Field[Any], name: str, value: Any, faults: list[str]) -> Any:
 
 def legal(limits: Limits) -> str:
     """The legal values of a key in words."""
-    bounds = " and".join(f" {sign} {limits[k]}" for k, sign in (("low", ">="), ("above", ">")) if k in limits)
+    signs = ("low", ">="), ("above", ">"), ("below", "<")
+    bounds = " and".join(f" {sign} {limits[k]}" for k, sign in signs if k in limits)
     words = {
         "text": "text",
         "file": "a .jsonl, .json or .txt file",
@@ -77,7 +79,8 @@ def _text(value: Any, limits: Limits) -> str:
 def _number(value: Any, limits: Limits) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
         raise ValueError
-    if value < limits.get("low", -inf) or value <= limits.get("above", -inf):
+    low, above, below = limits.get("low", -inf), limits.get("above", -inf), limits.get("below", inf)
+    if value < low or value <= above or value >= below:
         raise ValueError
     return float(value)
 

@@ -3,23 +3,54 @@
     loss = sum over trained positions of -log softmax(transform(head(h)))[label]
 Each chunk's gradient is taken in the forward pass, in the place of its logits, and only d loss / d h [tokens, hidden]
 is kept (Liger and Apple's CCE do likewise on GPUs). Positions that are not trained are dropped before the head.
-`transform` is what a model's own forward does to its logits (Gemma's soft-capping ...).
+`transform` is what a model's own forward does to its logits (Gemma's soft-capping ...). Label smoothing and z-loss are
+of the transformed logits (ops/loss.py has the equations).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops  # noqa: F401  (registers the ops)
+from .sections import MemoryKeys, TrainKeys
 
 IGNORED = -100  # the label of a position that is not trained (torch's and transformers' default)
 CHUNK_ELEMENTS = 1 << 24  # logits of one chunk: 64 MiB in fp32
+ON_GPU = 512  # positions: with fewer, a GPU reads the head's weights longer than it multiplies with them
 
 Transform = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """chunk: positions whose logits are made at a time; None: by the vocabulary, at least `least`. label_smoothing: the
+    part of each target that is spread evenly over the vocabulary. z_loss: times log(sum(exp(logits)))^2 is added at
+    each trained position.
+    """
+
+    chunk: int | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    least: int = 16
+
+    def plain(self) -> LossOptions:
+        """As evaluation reports it: the likelihood alone, in chunks of the same size."""
+        return LossOptions(self.chunk, least=self.least)
+
+    def rows(self, vocabulary: int) -> int:
+        """Positions whose logits are made at a time."""
+        return self.chunk or max(self.least, CHUNK_ELEMENTS // vocabulary)
+
+
+def loss_options(train: TrainKeys, memory: MemoryKeys, kind: str) -> LossOptions:
+    """What a recipe says of the loss. kind: of the device that computes."""
+    least = ON_GPU if kind == "cuda" else LossOptions.least
+    return LossOptions(memory.loss_chunk, train.label_smoothing, train.z_loss, least)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -33,6 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head: nn.Module,
         transform: Transform,
         chunk: int,
+        options: LossOptions,
         *trained: nn.Parameter,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -42,7 +74,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 part = hidden[start : start + chunk].detach().requires_grad_()
                 logits = transform(head(part))
-                total += _losses(logits, labels[start : start + chunk]).sum()
+                # autograd counts the write: a transform or a head whose backward needs the logits that were would be
+                # refused, not wrong
+                rest = options.label_smoothing, options.z_loss, True
+                total += torch.ops.qtune.cross_entropy_(logits.detach(), labels[start : start + chunk], *rest).sum()
                 grads = torch.autograd.grad(logits, (part, *trained), logits.detach(), allow_unused=True)
             grad[start : start + chunk] = grads[0]
             for into, g in zip(sums, grads[1:], strict=True):
@@ -54,39 +89,44 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad, *sums = ctx.saved_tensors
-        return (grad * upstream, None, None, None, None, *(s * upstream for s in sums))
+        return (grad * upstream, *[None] * 5, *(s * upstream for s in sums))
 
 
-def cross_entropy_sum(hidden: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, transform: Transform) -> Tensor:
+def cross_entropy_sum(
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    vocabulary: int,
+    transform: Transform,
+    options: LossOptions = LossOptions(),
+) -> Tensor:
     """Summed next-token loss: hidden [batch, seq, hidden] at position t predicts labels [batch, seq] at t+1; -100 is
-    not trained."""
+    not trained. Without gradients the logits are read once and not written."""
     target = labels[:, 1:].reshape(-1)
     kept = target != IGNORED
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
     target = target[kept]
-    chunk = chunk_rows(vocabulary)
+    chunk = options.rows(vocabulary)
     if torch.is_grad_enabled():
         trained = [p for p in head.parameters() if p.requires_grad]
-        return _ChunkedCrossEntropy.apply(hidden, target, head, transform, chunk, *trained)
+        return _ChunkedCrossEntropy.apply(hidden, target, head, transform, chunk, options, *trained)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for start in range(0, hidden.shape[0], chunk):
-        total += _losses(transform(head(hidden[start : start + chunk])), target[start : start + chunk]).sum()
+    for losses in chunked_losses(hidden, target, head, transform, chunk, options):
+        total += losses.sum()
     return total
 
 
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits [rows, vocabulary] -> losses fp32 [rows]; the logits become their gradient.
-
-    autograd counts the write: a transform or a head whose backward needs the logits that were would be refused, not
-    wrong.
-    """
-    losses: Tensor = torch.ops.qtune.cross_entropy_(logits.detach(), labels)
-    return losses
-
-
-def chunk_rows(vocabulary: int) -> int:
-    """Positions whose logits are made at a time."""
-    return max(16, CHUNK_ELEMENTS // vocabulary)
+def chunked_losses(
+    hidden: Tensor, labels: Tensor, head: nn.Module, transform: Transform, chunk: int, options: LossOptions
+) -> Iterator[Tensor]:
+    """hidden [tokens, hidden], labels [tokens] -> the losses fp32 [chunk] of one chunk after the other, without
+    gradients."""
+    for start in range(0, hidden.shape[0], chunk):
+        part = slice(start, start + chunk)
+        logits = transform(head(hidden[part]))
+        rest = options.label_smoothing, options.z_loss, False
+        yield torch.ops.qtune.cross_entropy_(logits.detach(), labels[part], *rest)
+        del logits  # the next chunk's take its place
 
 
 def trained_tokens(labels: Tensor) -> int:

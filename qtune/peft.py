@@ -43,6 +43,11 @@ def to_peft(model: nn.Module, spec: AdapterSpec, folder: str | Path, base_model:
         raise QtuneError(
             f"PEFT's {names.peft_type} takes no Conv1D layers, which the base has at {', '.join(conv1d)}: merge instead"
         )
+    if routed := [name for name, site in sites.items() if site.base.routed]:
+        raise QtuneError(
+            "PEFT has no adapter for one expert's matrix, only for fused ones as a whole "
+            f"({', '.join(routed[:3])} ...): merge instead, or train without experts in adapter.targets"
+        )
     shared = getattr(model, SHARED, None)
     tensors = {
         f"{PREFIX}{n}.{key}": value for n, site in sites.items() for key, value in site.adapter.peft_state().items()

@@ -17,68 +17,13 @@ from .adapters import METHODS, AdapterSpec
 from .errors import QtuneError, one_of
 from .keys import READERS, key, legal, read, shown
 from .quant import Scheme, Storage, scheme_from, storage_from
-from .quant.calibrate import CODES, refuses
+from .quant.calibrate import refuses
+from .sections import CalibrateKeys, DataKeys, MemoryKeys, TrainKeys
 from .yaml_text import dump_yaml, load_yaml
 
 SCHEME, METHOD = "nf4", "lora"  # the defaults
 Overrides = Iterable[str] | Mapping[str, Any]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class DataKeys:
-    """What is learned from."""
-
-    train: str | None = key("file", "training records; required for training", None, null=True)
-    eval: str | None = key("file", "held-out records for the evaluation loss", None, null=True)
-    max_length: int = key("whole", "longest example in tokens; longer ones are cut on the right", 512, low=2)
-    loss_on: str = key("choice", "what is learned: the answers, or everything", "answer", legal=("answer", "all"))
-    template: str | None = key(
-        "text", "a chat template, or a file with one, in place of the tokenizer's", None, null=True
-    )
-
-
-@dataclass(frozen=True)
-class CalibrateKeys:
-    """How codes are chosen, and the text that tells what layers see: for codes and for starts that ask for it."""
-
-    codes: str = key("choice", "how the codes of packed weights are chosen", "nearest", legal=CODES)
-    data: str | None = key("file", "text to calibrate on, in a format of data.train; null: data.train", None, null=True)
-    samples: int = key("whole", "windows of text", 64, low=1)
-    length: int = key("whole", "tokens of a window", 512, low=2)
-
-
-@dataclass(frozen=True)
-class TrainKeys:
-    """How it is learned. With neither steps nor epochs: one epoch."""
-
-    steps: int | None = key("whole", "optimizer steps; set this or epochs", None, low=1, null=True)
-    epochs: float | None = key(
-        "number", "passes over the data, may be a fraction; set this or steps", None, above=0, null=True
-    )
-    micro_batch: int = key("whole", "examples in one forward pass", 4, low=1)
-    accumulate: int = key("whole", "micro-batches in one optimizer step", 1, low=1)
-    lr: float = key("number", "peak learning rate", 2.0e-4, above=0)
-    schedule: str = key("choice", "learning rate after the warmup", "cosine", legal=("constant", "linear", "cosine"))
-    warmup: float = key("warmup", "rise of the learning rate: a fraction of the run if below 1, else steps", 0.03)
-    weight_decay: float = key("number", "AdamW's decoupled weight decay, of matrices only", 0.0, low=0)
-    betas: tuple[float, float] = key("betas", "AdamW's two decay rates", (0.9, 0.999))
-    clip: float | None = key("number", "largest norm of the gradient; null: no clipping", 1.0, above=0, null=True)
-    checkpointing: bool = key("flag", "recompute activations in the backward pass: less memory, more time", True)
-    optimizer: str = key(
-        "choice",
-        "adamw, or adamw8: two bytes of state a value, bf16 rounded stochastically",
-        "adamw",
-        legal=("adamw", "adamw8"),
-    )
-    master_weights: bool = key("flag", "adamw: keep bf16 weights in fp32 as well, for bf16 loses small updates", True)
-    seed: int = key("whole", "seed of first values, dropout and the order of the data", 0, low=0)
-    eval_every: int | None = key("whole", "steps between evaluations; null: only at the end", None, low=1, null=True)
-    eval_at_start: bool = key("flag", "with data.eval: also evaluate before the first step", True)
-    save_every: int | None = key(
-        "whole", "steps between saves of the adapter; null: ten times in a run", None, low=1, null=True
-    )
-    log_every: int = key("whole", "steps between lines of metrics", 1, low=1)
 
 
 @dataclass(frozen=True)
@@ -94,6 +39,7 @@ class Recipe:
     data: DataKeys = field(default_factory=DataKeys)
     calibrate: CalibrateKeys = field(default_factory=CalibrateKeys)
     train: TrainKeys = field(default_factory=TrainKeys)
+    memory: MemoryKeys = field(default_factory=MemoryKeys)
     budget: str | None = key(
         "size", "bytes that the run may take on its device; beyond it `train` does not start", None, null=True
     )
@@ -135,6 +81,7 @@ class Recipe:
             "data": asdict(self.data),
             "calibrate": asdict(self.calibrate),
             "train": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.train).items()},
+            "memory": asdict(self.memory),
             "budget": self.budget,
             "output": self.output,
         }
@@ -166,8 +113,11 @@ class KeyRow(NamedTuple):
     doc: str
 
 
-SECTIONS: dict[str, type[Any]] = {"data": DataKeys, "calibrate": CalibrateKeys, "train": TrainKeys}
+SECTIONS: dict[str, type[Any]] = {
+    "data": DataKeys, "calibrate": CalibrateKeys, "train": TrainKeys, "memory": MemoryKeys,
+}  # fmt: skip
 TOP = [f.name for f in fields(Recipe) if f.name != "embeddings"]
+EITHER = (("steps", "epochs"), ("micro_batch", "micro_tokens"))  # of `train`, not both
 _SHORT = {("scheme",): "name", ("scheme", "embeddings"): "name", ("adapter",): "method"}  # what a mere name stands for
 
 
@@ -198,7 +148,7 @@ def _copied(value: Any) -> Any:
 
 
 def _override(tree: dict[str, Any], overrides: Overrides, faults: list[str]) -> None:
-    """Write `overrides` into `tree`. One of train.steps and train.epochs clears the other, unless both are given."""
+    """Write `overrides` into `tree`. One of two keys that exclude each other clears the other, if only it is given."""
     pairs: list[tuple[str, Any]] = list(overrides.items()) if isinstance(overrides, Mapping) else []
     for text in () if isinstance(overrides, Mapping) else overrides:
         name, sign, value = text.partition("=")
@@ -212,7 +162,7 @@ def _override(tree: dict[str, Any], overrides: Overrides, faults: list[str]) -> 
     for name, value in sorted(pairs, key=lambda pair: pair[0].count(".")):  # a whole section before keys inside it
         _put(tree, tuple(name.split(".")), value, faults)
     given = {name for name, value in pairs if value is not None}
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+    for one, other in (*EITHER, *(pair[::-1] for pair in EITHER)):
         if f"train.{one}" in given and f"train.{other}" not in given and isinstance(tree.get("train"), dict):
             tree["train"].pop(other, None)
 
@@ -248,10 +198,18 @@ class _Reader:
         values["model"] = self._beside(values.get("model"))
         values["scheme"], values["embeddings"] = self._schemes(tree.get("scheme"))
         values["adapter"] = self._adapter(tree.get("adapter"))
-        data, calibrate, train = (self._section(name, section, tree.get(name)) for name, section in SECTIONS.items())
-        values["data"], values["train"] = self._data(data), self._train(train, data)
+        data, calibrate, train, memory = (
+            self._section(name, section, tree.get(name)) for name, section in SECTIONS.items()
+        )
+        values["data"], values["memory"] = self._data(data), memory
+        values["train"] = self._train(train, data, tree.get("train"))
         values["calibrate"] = replace(calibrate, data=self._beside(calibrate.data))
         self._together(values["scheme"], values["adapter"], calibrate.codes)
+        if memory.weights != "device" and not train.checkpointing:
+            self.faults.append(
+                f"memory.weights is {memory.weights}, train.checkpointing is false: streamed weights come back in the "
+                "backward pass with the recomputation of their layer; legal: train.checkpointing true"
+            )
         self._file("calibrate.data", values["calibrate"].data)
         if self.training and values.get("output") is None and tree.get("output") is None:
             self.faults.append("output is missing; legal: the folder that the run is written to")
@@ -341,8 +299,9 @@ class _Reader:
                 f"{name} is {value!r}: no such file in {Path.cwd()}{beside}; legal: a .jsonl, .json or .txt file"
             )
 
-    def _train(self, train: TrainKeys, data: DataKeys) -> TrainKeys:
-        """What concerns several keys of `train`."""
+    def _train(self, train: TrainKeys, data: DataKeys, given: Any) -> TrainKeys:
+        """What concerns several keys of `train`. given: the section as it was written."""
+        train = self._micro_batch(train, given if isinstance(given, dict) else {})
         if train.steps is not None and train.epochs is not None:
             self.faults.append(
                 f"train.steps is {train.steps} and train.epochs is {train.epochs:g}; "
@@ -356,7 +315,26 @@ class _Reader:
             self.faults.append(
                 f"train.eval_every is {train.eval_every}, but data.eval is null; legal: null, or give data.eval"
             )
+        if train.optimizer == "adafactor" and train.betas is not None:
+            self.faults.append(f"train.betas is {list(train.betas)}, which adafactor has not; legal: null")
+        for name, given, only in (("accumulate", train.accumulate, 1), ("clip", train.clip, None)):
+            if train.update_in_backward and given != only:
+                self.faults.append(
+                    f"train.{name} is {given:g} with train.update_in_backward, when the whole gradient is never there; "
+                    f"legal: {'null' if only is None else only}"
+                )
         return replace(train, epochs=1.0) if train.steps is None and train.epochs is None else train
+
+    def _micro_batch(self, train: TrainKeys, given: dict[str, Any]) -> TrainKeys:
+        """micro_batch is there by default; where micro_tokens is given it must not be, and is null."""
+        if train.micro_tokens is None:
+            return train if train.micro_batch is not None else replace(train, micro_batch=TrainKeys.micro_batch)
+        if given.get("micro_batch") is not None:
+            self.faults.append(
+                f"train.micro_batch is {given['micro_batch']} and train.micro_tokens is {train.micro_tokens}; "
+                "legal: one of the two, the other null"
+            )
+        return replace(train, micro_batch=None)
 
     def _beside(self, value: Any) -> Any:
         """A path that exists only beside the recipe, as the path from here; anything else as it is."""

@@ -24,6 +24,11 @@ from .adapters.files import INFO, kept_layers, load_adapter, read_adapter_json
 from .checkpoint import Entry, write
 from .data import Example, load_data
 from .errors import QtuneError
+from .memory import DEVICE, DISK, HOST, place_of
+from .memory.cuda import settle
+from .memory.layers import device_of
+from .memory.stream import Store, store_of
+from .memory.table import table_on_host
 from .model import load, load_tokenizer, save_quantized
 from .model.layerwise import windows_of
 from .model.loading import dense_parameters
@@ -128,7 +133,9 @@ def load_base(
     packed, whatever the recipe says. kept: a run whose own codes are taken."""
     tokenizer = load_tokenizer(recipe.model)
     options = _storage(recipe, device) | ({"scheme": None, "embeddings": None} if stored else {})
-    model = load_with_bar(recipe.model, screen, kept=kept, **options)
+    store = _store(recipe, options["device"])
+    model = load_with_bar(recipe.model, screen, kept=kept, aside=store and store.put, **options)
+    _place(model, recipe, store)
     _tell_base(model, recipe, screen)
     return model, tokenizer
 
@@ -137,7 +144,9 @@ def start_base(recipe: Recipe, screen: Screen, windows: Tensor | None) -> Any:
     """The base of a recipe with its adapter, which starts while the base is loaded. windows: calibration text [samples,
     length], where the recipe's method or codes ask for it."""
     options = _storage(recipe) | {"seed": recipe.train.seed, "codes": recipe.calibrate.codes, "windows": windows}
-    model = load_with_bar(recipe.model, screen, start, spec=recipe.adapter, **options)
+    store = _store(recipe, options["device"])
+    model = load_with_bar(recipe.model, screen, start, spec=recipe.adapter, aside=store and store.put, **options)
+    _place(model, recipe, store)
     _tell_base(model, recipe, screen)
     tell(model, recipe.adapter, screen)
     return model
@@ -150,13 +159,32 @@ def _storage(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def folder_of(recipe: Recipe) -> Path:
+    """Where the files of `memory` lie: in its folder, else in the run's."""
+    return Path(recipe.memory.folder or recipe.output or ".").expanduser()
+
+
+def _store(recipe: Recipe, device: torch.device) -> Store | None:
+    return store_of(recipe.memory.weights, device.type, device, folder_of(recipe))
+
+
+def _place(model: Any, recipe: Recipe, store: Store | None) -> None:
+    """What waits elsewhere than on the device, once all is loaded."""
+    if store is not None:
+        store.run(model)
+    if recipe.memory.embeddings == HOST and (note := table_on_host(model, device_of(model).type)):
+        model.qtune.notes.append(note)
+
+
 def _tell_base(model: Any, recipe: Recipe, screen: Screen) -> None:
     layers = [m for m in model.modules() if isinstance(m, (QuantLinear, QuantEmbedding))]
     packed = sum(layer.packed.numel() for layer in layers)
     plain = (p for name, p in dense_parameters(model).items() if ".adapter." not in name)
     other = sum(p.numel() * p.element_size() for p in plain)
     sizes = f"{size(packed)} packed + {size(other)} in {recipe.dtype}"
-    screen.line(f"base  {recipe.model} on {layers[0].packed.device}: {model.qtune.scheme}, {sizes}")
+    waiting = {DEVICE: "", HOST: ", streamed from host memory", DISK: ", streamed from a file"}
+    where = f"{device_of(model)}: {model.qtune.scheme}, {sizes}{waiting[place_of(layers[-1].packed)]}"
+    screen.line(f"base  {recipe.model} on {where}")
     for note in model.qtune.notes:
         screen.line(f"note: {note}", "yellow")
 
@@ -220,6 +248,8 @@ def quantize(recipe: Recipe, out: Path, *, screen: Screen | None = None) -> int:
         with suppress(OSError):  # not empty: it was there before
             out.rmdir()
         raise
+    for note in model.qtune.notes:
+        screen.line(f"note: {note}", "yellow")
     save_quantized(model, tokenizer, out)
     for path in licences(recipe.model):
         shutil.copyfile(path, out / path.name)
@@ -237,7 +267,8 @@ def licences(source: str) -> list[Path]:
 
 
 def pick_device(name: str) -> torch.device:
-    """A recipe's device; auto is the best that there is. Raises QtuneError for one that this machine lacks."""
+    """A recipe's device, with CUDA's settings made; auto is the best that there is. Raises QtuneError for one that this
+    machine lacks."""
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -249,7 +280,9 @@ def pick_device(name: str) -> torch.device:
         raise QtuneError(
             f"device {name!r} is not there (torch {torch.__version__}); this machine has {', '.join(have)}"
         )
-    return torch.device(name)
+    device = torch.device(name)
+    settle(device)
+    return device
 
 
 def refuse_ranks() -> None:

@@ -23,7 +23,7 @@ from .adapters.sites import begin, build, place
 from .checkpoint import Piece
 from .errors import QtuneError, one_of
 from .model.layerwise import Grams, Layerwise, decoder_layers
-from .model.loading import Packing, Progress, give_back, load, tie
+from .model.loading import Aside, Packing, Progress, give_back, load, tie
 from .quant import QuantLinear, Scheme, Storage
 from .quant.calibrate import CODES, choose, refuses, too_little
 from .screen import Screen
@@ -41,12 +41,14 @@ def start(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    aside: Aside | None = None,
 ) -> PreTrainedModel:
     """Load a model, pack it, and put adapters on it that start from the weights before packing.
 
     windows: calibration text, token ids int64 [samples, length], where codes or the method ask for it (see `wants`).
     codes: how codes are chosen (nearest, gptq, magr-gptq). Each adapted site tells in `.start` how far it is from its
-    weight. Raises QtuneError before anything is read for what cannot be: a rank or width that does not fit, a method
+    weight. aside: as of `load`.
+    Raises QtuneError before anything is read for what cannot be: a rank or width that does not fit, a method
     that makes no sense on the scheme, too little text, weights that are packed already.
     """
     spec.checked()
@@ -54,11 +56,11 @@ def start(
         raise one_of("codes", codes, CODES)
     packing = Starting(spec, windows, codes, seed)
     options: dict[str, Any] = {"embeddings": embeddings, "dtype": dtype, "device": device, "progress": progress}
-    made = load(model, scheme, packing=packing, **options)
+    made = load(model, scheme, packing=packing, aside=aside, **options)
     if packing.needs:
         for name, site in packing.started.items():
             place(made, name, site)
-            site.adapter.requires_grad_(True)  # loading ends with everything frozen
+            site.adapter.thaw()  # loading ends with everything frozen
     else:
         adapt(made, spec, seed=seed)
     return made
@@ -82,6 +84,7 @@ class Starting(Packing):
         self.windows = windows if self.data else None
         self.held: dict[str, Tensor] = {}  # weights of the layer at hand
         self.started: dict[str, Adapted] = {}
+        self.few: list[str] = []  # experts that too little text reached
 
     def begin(
         self, model: PreTrainedModel, pieces: list[Piece], ties: dict[str, str], device: torch.device
@@ -102,13 +105,18 @@ class Starting(Packing):
         self._refuse_outside(inside)
         self._refuse_little(layers)
         self.walk = Layerwise(model, self.windows, device)
-        self.layer_of = {piece.source: inside.match(next(iter(piece.targets))) for piece in pieces}
-        ordered = sorted(pieces, key=lambda p: int(m[1]) if (m := self.layer_of[p.source]) else -1)
+        self.layer_of = {target: inside.match(target) for piece in pieces for target in piece.targets}
+        self.within = {layer.name for layer in _linears(self.walk.layers).values()}
+        ordered = sorted(pieces, key=lambda p: int(m[1]) if (m := self.turn(p)) else -1)
         self.left = [0] * len(layers)
-        for match in self.layer_of.values():
-            if match:
+        for piece in pieces:
+            if match := self.turn(piece):
                 self.left[int(match[1])] += 1
         return ordered
+
+    def turn(self, piece: Piece) -> re.Match[str] | None:
+        """The decoder layer of a piece: [1] is its number."""
+        return self.layer_of[next(iter(piece.targets))]
 
     def _refuse_packed(self, pieces: Iterable[Piece]) -> None:
         packed = [name for piece in pieces if piece.scheme is not None for name in piece.targets]
@@ -155,7 +163,7 @@ class Starting(Packing):
             raise QtuneError(message)
 
     def weight(self, layer: QuantLinear, weight: Tensor) -> None:
-        if self.data and any(layer is m for m in _linears(self.walk.layers).values()):
+        if self.data and layer.name in self.within:
             self.held[layer.name] = weight
         else:
             self._pack(layer, weight, None)
@@ -169,7 +177,7 @@ class Starting(Packing):
             layer.set_weight(weight)
         if self.spec is not None and self.needs and layer.name in self.sites:
             site = build({layer.name: layer}, self.spec)[0][layer.name]
-            source = Source(weight.to(layer.packed.device), gram if "gram" in self.needs else None)
+            source = Source(weight.to(layer.device), gram if "gram" in self.needs else None)
             site.start = begin(layer.name, site, self.spec, source, self.seed)
             self.started[layer.name] = site
             if self.data:  # the text moves on through the layer as it will be trained
@@ -178,13 +186,36 @@ class Starting(Packing):
 
     def filled(self, piece: Piece) -> None:
         """Behind the last piece of a decoder layer, that layer's turn."""
-        match = self.layer_of.get(piece.source) if self.data else None
+        match = self.turn(piece) if self.data else None
         if not match:
             return
         index = int(match[1])
         self.left[index] -= 1
         if not self.left[index]:
             self._layer(index)
+
+    def _gram(self, grams: Grams, layer: QuantLinear) -> Tensor | None:
+        """A layer's second moments; None for an expert that too few tokens reached, whose codes are then nearest."""
+        seen = grams.seen(layer.name)
+        assert self.windows is not None
+        few = not seen if self.windows.is_meta else bool(too_little(seen, layer.in_features))  # a plan's are samples
+        if not (layer.routed and few):
+            return grams.gram(layer.name)
+        if self.spec is not None and "gram" in self.needs and layer.name in self.sites:
+            raise QtuneError(
+                f"{layer.name}: a router sent {seen} tokens of the calibration text to this expert, and method "
+                f"{self.spec.method} needs {layer.in_features}; give more text, or leave experts out of adapter.targets"
+            )
+        self.few.append(layer.name)
+        return None
+
+    def notes(self) -> list[str]:
+        """The experts whose codes are nearest after all."""
+        if not self.few:
+            return []
+        these = f"{', '.join(self.few[:3])}{' ...' * (len(self.few) > 3)}"
+        return [f"codes are nearest, not {self.codes}, in {len(self.few)} expert weights, which fewer tokens of the "
+                f"calibration text reached than they have inputs ({these})"]  # fmt: skip
 
     def _layer(self, index: int) -> None:
         if index == 0:
@@ -193,7 +224,7 @@ class Starting(Packing):
         with Grams(sites, self.held) as grams:
             self.walk.pass_through(index, advance=False)
         for name, layer in sites.items():
-            self._pack(layer, self.held.pop(name), grams.gram(name))
+            self._pack(layer, self.held.pop(name), self._gram(grams, layer))
         del grams, sites
         if index + 1 < len(self.walk.layers):
             self.walk.pass_through(index, advance=True)

@@ -10,23 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import METHODS, adapted_sites
+from .adapters import METHODS, Adapter, adapted_sites
 from .errors import QtuneError
-from .loss import Transform, cross_entropy_sum, logit_transform, trained_tokens
-from .memory import keep_freed_memory
+from .loss import LossOptions, Transform, cross_entropy_sum, logit_transform, trained_tokens
+from .memory import keep_freed_memory, return_freed_memory
+from .memory.boundaries import Boundaries, boundaries_of
+from .memory.layers import device_of, layers_of, leave_layers, run_layers
+from .memory.tiles import tile_mlps, whole_mlps
 from .model.fused import fuse, use_own_attention
-from .optim import AdamW
+from .optim import Optimizer
+from .sections import MemoryKeys, TrainKeys
 
 SHORT = 128  # tokens: up to here plain attention is faster on a CPU than the fused kernel
 
 
 class NonFinite(QtuneError):
-    """The loss or a gradient is NaN or infinite; the weights are still those before the step."""
+    """The loss or a gradient is NaN or infinite; the weights are still those before the step. (With an optimizer that
+    updates in the backward pass: of the layers below the one where the gradient is not finite.)"""
 
 
 class BatchLike(Protocol):
@@ -52,10 +58,10 @@ class StepResult:
 
 class LanguageModel:
     """A transformers causal model seen as body and head, so that the loss can be taken in chunks; its norms, gated
-    MLPs and rotary embeddings become our faster twins (`model.fused`)."""
+    MLPs and rotary embeddings become our faster twins (`model.fused`). loss: how it is taken in training."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, loss: LossOptions = LossOptions()) -> None:  # noqa: B008  (frozen)
+        self.model, self.loss = model, loss
         self.config = model.config
         self.fused = fuse(model)
         self.transform: Transform = logit_transform(model.config.get_text_config())
@@ -75,12 +81,13 @@ class LanguageModel:
         """Full logits [batch, seq, vocabulary], as the loss sees them."""
         return self.transform(self.head(self.hidden(input_ids, attention_mask)))
 
-    def loss_sum(self, batch: BatchLike) -> Tensor:
-        """Summed loss over the trained positions of a batch, fp32 scalar."""
+    def loss_sum(self, batch: BatchLike, *, plain: bool = False) -> Tensor:
+        """Summed loss over the trained positions of a batch, fp32 scalar. plain: the likelihood alone, without label
+        smoothing and z-loss, as evaluation reports it."""
         hidden = self.hidden(batch.input_ids, batch.attention_mask)
-        return cross_entropy_sum(
-            hidden, batch.labels, self.head, self.config.get_text_config().vocab_size, self.transform
-        )
+        options = self.loss.plain() if plain else self.loss
+        vocabulary = self.config.get_text_config().vocab_size
+        return cross_entropy_sum(hidden, batch.labels, self.head, vocabulary, self.transform, options)
 
     def choose_attention(self, longest: int, device: torch.device | None = None) -> str:
         """On a CPU: our kernel where it runs; else, where no sequence is longer than SHORT, plain products. device:
@@ -89,7 +96,7 @@ class LanguageModel:
         torch's fused CPU kernel has a slow backward, and for short sequences the scores that the plain form keeps are
         small. Returns what was chosen, in words; '' where the model keeps what it has.
         """
-        device = device or next(self.model.parameters()).device
+        device = device or device_of(self.model)
         if use_own_attention(self.model, device):
             return "qtune's kernel"
         if device.type != "cpu" or longest > SHORT:
@@ -97,21 +104,43 @@ class LanguageModel:
         self.model.set_attn_implementation("eager")
         return f"plain products, no example has more than {SHORT} tokens"
 
-    def checkpointing(self, enabled: bool) -> None:
-        """Recompute each layer in the backward pass, or not; takes effect in training mode."""
+    def arrange(self, train: TrainKeys, memory: MemoryKeys, folder: Path, kind: str | None = None) -> None:
+        """Train as the keys of a recipe ask: layers recomputed or not, their inputs kept where told, MLPs in tiles.
+        folder: of files; kind: of the device that it stands for, if it is on meta."""
+        device = device_of(self.model)
+        away = boundaries_of(memory.boundaries, kind or device.type, device, folder)
+        self.checkpointing(away if train.checkpointing else None)
+        if memory.mlp_tile is not None:
+            tile_mlps(self.model, memory.mlp_tile)
+
+    def restore(self) -> None:
+        """Undo `arrange`."""
+        self.checkpointing(None)
+        whole_mlps(self.model)
+
+    def checkpointing(self, boundaries: Boundaries | None) -> None:
+        """In training mode, recompute each layer in the backward pass, its input kept by `boundaries`; None: do not.
+        A model whose layers stand in no list is left to transformers' own checkpointing."""
         model = self.model
-        if enabled:  # renamed in transformers 5.2x; the older name warns there
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        else:
-            disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-            disable()
+        try:
+            layers = layers_of(model) or run_layers(model)
+        except QtuneError:
+            if boundaries is not None:  # renamed in transformers 5.2x; the older name warns there
+                enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
+            else:
+                disable = getattr(model, "activation_checkpointing_disable", None)
+                (disable or model.gradient_checkpointing_disable)()
+            return
+        layers.recompute(boundaries)
+        if boundaries is None and not layers.streams:
+            leave_layers(model)
 
     @torch.no_grad()
     def check(self) -> None:
         """Raises QtuneError where body, head and transform do not give the model's own logits: an architecture that
         does more after its head."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         ids = torch.arange(8, device=device).unsqueeze(0)
         mode = self.model.training
         self.model.eval()
@@ -128,37 +157,49 @@ class LanguageModel:
 class TrainStep:
     """Runs optimizer steps over micro-batches. Holds no data and no schedule.
 
-    On a CPU the process keeps from then on what it frees (`keep_freed_memory`).
+    On a CPU the process keeps from then on what it frees, for time, or where weights are streamed gives it back.
     """
 
-    def __init__(self, model: LanguageModel, optimizer: AdamW, *, clip: float | None) -> None:
+    def __init__(self, model: LanguageModel, optimizer: Optimizer, *, clip: float | None) -> None:
         self.model, self.optimizer, self.clip = model, optimizer, clip
         self.sites = {name: site.adapter for name, site in adapted_sites(model.model).items()}
         self.method = METHODS[next(iter(self.sites.values())).method]
-        if next(model.model.parameters()).device.type == "cpu":
-            keep_freed_memory()
+        if optimizer.early and self.method.penalty is not Adapter.penalty:
+            raise QtuneError(
+                f"adapter method {self.method.method} has a penalty, whose gradient comes after the loss's; "
+                "set train.update_in_backward to false"
+            )
+        if device_of(model.model).type == "cpu":
+            layers = layers_of(model.model)
+            (return_freed_memory if layers is not None and layers.streams else keep_freed_memory)()
 
     def __call__(self, batches: Sequence[BatchLike], step: int, steps: int, factor: float) -> StepResult:
         """One optimizer step, 1-based `step` of `steps`, at `factor` times the learning rate. Raises NonFinite before
         any weight changes."""
-        total, tokens, trained = self.gradients(batches)
+        total, tokens, trained = self.gradients(batches, factor)
         norm = self.update(total, step, steps, factor)
         return StepResult(total, norm, tokens, trained)
 
-    def gradients(self, batches: Sequence[BatchLike]) -> tuple[float, int, int]:
-        """First half of a step: the gradients of all micro-batches. Returns loss, tokens and trained tokens."""
+    def gradients(self, batches: Sequence[BatchLike], factor: float | None = None) -> tuple[float, int, int]:
+        """First half of a step: the gradients of all micro-batches. Returns loss, tokens and trained tokens.
+
+        factor: of the learning rate, for an optimizer that updates in the backward pass; None: nothing is updated.
+        """
+        self.optimizer.begin(factor)
         trained = sum(trained_tokens(batch.labels) for batch in batches)
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
         losses = []
         for batch in batches:
             loss = self.model.loss_sum(batch) / max(1, trained)
-            loss.backward()
             losses.append(loss.detach())
+            if self.optimizer.early and not math.isfinite(loss.item()):
+                break  # before any weight changes
+            loss.backward()
         return sum(loss.item() for loss in losses) + self._penalty(), tokens, trained  # reading waits for a GPU
 
     def update(self, total: float, step: int, steps: int, factor: float) -> float:
         """Second half: clip, optimizer, the method's own part. total: the loss. Returns the gradient's norm."""
-        norm = float(self._grad_norm())
+        norm = self.optimizer.norm(math.inf if self.clip is None else self.clip)
         if not (math.isfinite(total) and math.isfinite(norm)):
             self.optimizer.drop_gradients()
             raise NonFinite(f"step {step}: loss is {total}, gradient norm is {norm}")
@@ -173,8 +214,3 @@ class TrainStep:
         penalty = torch.stack(terms).sum()
         penalty.backward()
         return penalty.item()
-
-    def _grad_norm(self) -> Tensor:
-        """Clips in place where asked; returns the norm before."""
-        limit = float("inf") if self.clip is None else self.clip
-        return nn.utils.clip_grad_norm_(self.optimizer.parameters, limit)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,19 +21,23 @@ import torch
 
 from .adapters import adapted_sites
 from .adapters.files import FIRST, INFO, TENSORS, load_adapter, read_adapter_json, save_adapter, save_first
-from .data import Example, load_data, show_example, stream
+from .data import Capacity, Example, load_data, padding, show_example, steps_of, stream
 from .errors import QtuneError
 from .evaluate import EvalResult, evaluate
+from .headroom import dry_step, largest, peak_memory, told_out_of_memory, wants_dry_step, within_budget
+from .loss import loss_options
+from .memory.layers import device_of
 from .model import load_tokenizer
 from .model.names import KEPT
 from .optim import lr_factor, optimizer_of
 from .quant import storage_from
-from .recipe import Recipe, TrainKeys
+from .recipe import Recipe
 from .runs import (
     METRICS,
     RECIPE,
     anchored,
     calibration_text,
+    folder_of,
     kept_in,
     load_base,
     pick_device,
@@ -44,9 +46,9 @@ from .runs import (
     start_base,
 )
 from .safe_io import claim_folder, write_text
-from .screen import Screen, size
+from .screen import Screen, deferred_interrupt, size
+from .sections import MemoryKeys, TrainKeys
 from .step import LanguageModel, NonFinite, TrainStep
-from .units import parse_size
 
 SAVES = 10  # saves of the adapter in a run, where the recipe does not say
 
@@ -57,12 +59,14 @@ class _Stopped(Exception):
 
 @dataclass
 class TrainResult:
-    """steps: done. before, after: evaluations at step 0 and at the end. interrupted: by Ctrl-C, saved."""
+    """steps: done, of which `skipped` changed nothing. before, after: evaluations at step 0 and at the end.
+    interrupted: by Ctrl-C, saved."""
 
     folder: Path
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    skipped: int = 0
     interrupted: bool = False
     losses: list[float] = field(default_factory=list)
     before: EvalResult | None = None
@@ -82,30 +86,33 @@ class Trainer:
         folder: Path,
         screen: Screen,
         save: Callable[[int], None],
+        memory: MemoryKeys,
+        files: Path,
     ) -> None:
         self.model, self.examples, self.held_out, self.keys = model, examples, held_out, keys
         self.screen, self.save, self.folder = screen, save, folder
-        self.steps = steps_of(keys, len(examples))
-        self.device = next(model.model.parameters()).device
+        self.memory, self.files = memory, files
+        self.capacity = Capacity.of(keys)
+        self.steps = steps_of(keys, [len(example.input_ids) for example in examples])
+        self.device = device_of(model.model)
         self.saved: int | None = None
-        self.train_step = TrainStep(model, optimizer_of(model.model, keys), clip=keys.clip)
+        self.in_row = 0  # steps that were skipped, up to now
+        self.train_step = self._step()
+
+    def _step(self) -> TrainStep:
+        return TrainStep(self.model, optimizer_of(self.model.model, self.keys, self.memory), clip=self.keys.clip)
 
     def run(self) -> TrainResult:
         """All steps, with evaluation before (where asked), on the way and after. Raises NonFinite naming the last
         good save."""
         result = TrainResult(self.folder)
+        if wants_dry_step(self.keys, self.device):  # first of all: what has no room is told before an evaluation
+            self._dry_step()
         if self.held_out and self.keys.eval_at_start:
             result.before = self._evaluate(0, "before training")
-        if self.keys.checkpointing:
-            self.model.checkpointing(True)
-        self.model.model.train()
         with deferred_interrupt() as interrupted:
-            try:
+            with self._training():
                 self._loop(result, interrupted)
-            finally:
-                if self.keys.checkpointing:
-                    self.model.checkpointing(False)
-                self.model.model.eval()
             self._save(result.steps)
             result.interrupted = interrupted()
         if self.held_out and not result.interrupted:
@@ -115,8 +122,29 @@ class Trainer:
                 result.interrupted = True
         return result
 
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """The model as it trains, and afterwards as it evaluates."""
+        self.model.arrange(self.keys, self.memory, self.files)
+        self.model.model.train()
+        try:
+            yield
+        finally:
+            self.model.restore()
+            self.model.model.eval()
+
+    def _dry_step(self) -> None:
+        """The largest micro-batches of the data once, and nothing of it left but the allocator's room."""
+        tick, batches = time.perf_counter(), largest(self.examples, self.capacity)
+        with self._training():
+            dry_step(self.train_step, batches, self.keys.accumulate)
+        del self.train_step  # its optimizer's states go before new ones are made
+        self.train_step = self._step()
+        sizes = " and ".join("{} x {}".format(*batch.input_ids.shape) for batch in batches)
+        self.screen.line(f"dry step  {sizes} tokens, the largest of the data: {time.perf_counter() - tick:.1f} s")
+
     def _loop(self, result: TrainResult, interrupted: Callable[[], bool]) -> None:
-        data = stream(self.examples, self.keys.micro_batch, self.keys.seed)
+        data = stream(self.examples, self.capacity, self.keys.seed)
         save_every = self.keys.save_every or max(1, math.ceil(self.steps / SAVES))
         started = time.perf_counter()
         with self.screen.bar("training", self.steps) as advance:
@@ -127,36 +155,46 @@ class Trainer:
                 try:
                     done = self.train_step(batches, step, self.steps, factor)
                 except NonFinite as error:
-                    raise NonFinite(
-                        f"{error}; {self._last_save()}. A lower train.lr or a longer train.warmup helps most often"
-                    ) from error
-                seconds = time.perf_counter() - tick
-                result.steps, result.tokens = step, result.tokens + done.tokens
-                result.losses.append(done.loss)
-                result.seconds = time.perf_counter() - started
-                if step % self.keys.log_every == 0 or step == self.steps:
-                    row = {
-                        "loss": done.loss,
-                        "lr": self.keys.lr * factor,
-                        "grad_norm": done.grad_norm,
-                        "tokens": result.tokens,
-                    }
-                    self._log(
-                        step,
-                        row
-                        | {"trained": done.trained, "tokens_per_s": done.tokens / seconds, "seconds": result.seconds},
-                    )
+                    self._skip(step, factor, error, result)
+                else:
+                    self.in_row = 0
+                    result.tokens += done.tokens
+                    result.losses.append(done.loss)
+                    result.seconds = time.perf_counter() - started
+                    if step % self.keys.log_every == 0 or step == self.steps:
+                        speed = done.tokens / (time.perf_counter() - tick)
+                        self._log(step, {
+                            "loss": done.loss, "lr": self.keys.lr * factor, "grad_norm": done.grad_norm,
+                            "tokens": result.tokens, "trained": done.trained, "tokens_per_s": speed,
+                            "seconds": result.seconds,
+                        })  # fmt: skip
+                result.steps, result.seconds = step, time.perf_counter() - started
                 recent = result.losses[-20:]
-                advance(1, f"loss {sum(recent) / len(recent):.3f}  {result.tokens / result.seconds:.0f} tok/s")
+                mean = sum(recent) / max(1, len(recent))
+                advance(1, f"loss {mean:.3f}  {result.tokens / result.seconds:.0f} tok/s")
                 if interrupted():
                     return
-                if step < self.steps and step % save_every == 0:
+                if step < self.steps and step % save_every == 0 and not self.in_row:
                     self._save(step)
                 if step < self.steps and self.keys.eval_every and step % self.keys.eval_every == 0:
                     with suppress(_Stopped):
                         self._evaluate(step, f"step {step}", interrupted)
                 if interrupted():
                     return
+
+    def _skip(self, step: int, factor: float, error: NonFinite, result: TrainResult) -> None:
+        """Count a step that changed nothing, as its loss or gradient is not finite. It stays a step of the schedule and
+        of the data. Raises NonFinite where there were train.max_skipped in a row before it."""
+        self.in_row += 1
+        if self.in_row > self.keys.max_skipped:
+            before = f", and nothing better in {self.in_row - 1} before it" if self.in_row > 1 else ""
+            raise NonFinite(
+                f"{error}{before}; {self.last_save()}. A lower train.lr or a longer train.warmup helps most often"
+            ) from error
+        if not result.skipped:
+            self.screen.line(f"note: {error}; the step is skipped, and so are others, as {METRICS} tells", "yellow")
+        result.skipped += 1
+        self._log(step, {"skipped": result.skipped, "why": str(error), "lr": self.keys.lr * factor})
 
     def _evaluate(self, step: int, label: str, interrupted: Callable[[], bool] = lambda: False) -> EvalResult:
         with self.screen.bar("evaluating", len(self.held_out)) as advance:
@@ -166,7 +204,7 @@ class Trainer:
                 if interrupted():
                     raise _Stopped
 
-            result = evaluate(self.model, self.held_out, micro_batch=self.keys.micro_batch, advance=tick)
+            result = evaluate(self.model, self.held_out, capacity=self.capacity, advance=tick)
         self._log(step, result.to_dict())
         self.screen.line(f"eval  {label}: {result}")
         return result
@@ -175,7 +213,8 @@ class Trainer:
         self.save(step)
         self.saved = step
 
-    def _last_save(self) -> str:
+    def last_save(self) -> str:
+        """What of the run is on disk, in words."""
         if self.saved is None:
             return "nothing was saved yet"
         return f"{self.folder / TENSORS} holds the adapter of step {self.saved}"
@@ -186,39 +225,7 @@ class Trainer:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **row}) + "\n")
         except OSError as error:
-            raise QtuneError(f"cannot write {path}: {error.strerror or error}; {self._last_save()}") from error
-
-
-def steps_of(keys: TrainKeys, examples: int) -> int:
-    """Optimizer steps of a run over `examples` examples."""
-    if keys.steps is not None:
-        return keys.steps
-    micro_batches = math.ceil(examples / keys.micro_batch)
-    return max(1, math.ceil((keys.epochs or 1.0) * micro_batches / keys.accumulate))
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C sets a flag that the loop reads between steps, so that no step is left half done; a second Ctrl-C stops
-    at once."""
-    pressed = False
-
-    def handler(signum: int, frame: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-        print("\nstopping after this step and saving; Ctrl-C again stops at once, unsaved", file=sys.stderr)
-
-    try:
-        previous = signal.signal(signal.SIGINT, handler)
-    except ValueError:  # not in the main thread: the program that runs us handles its own signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
+            raise QtuneError(f"cannot write {path}: {error.strerror or error}; {self.last_save()}") from error
 
 
 def train(
@@ -248,13 +255,14 @@ def train(
     tokenizer = load_tokenizer(recipe.model)
     examples = _examples(recipe, recipe.data.train, tokenizer, screen)
     held_out = _examples(recipe, recipe.data.eval, tokenizer, screen) if recipe.data.eval else []
+    Capacity.of(recipe.train).check([*examples, *held_out])
     screen.line("first example, what is trained marked:")
     screen.line(show_example(examples[0], tokenizer, colour=screen.console.is_terminal))
     if recipe.budget is not None:
-        screen.line(_within_budget(recipe, recipe.budget, [*examples, *held_out], screen))
+        screen.line(within_budget(recipe, recipe.budget, [*examples, *held_out], screen))
     screen.title("Load")
     model = _carrying_adapter(recipe, start_from, tokenizer, examples, screen)
-    language = LanguageModel(model)
+    language = LanguageModel(model, loss_options(recipe.train, recipe.memory, device_of(model).type))
     language.check()
     if chosen := language.choose_attention(max(len(example.input_ids) for example in (*examples, *held_out))):
         screen.line(f"attention  {chosen}")
@@ -273,15 +281,20 @@ def train(
         )
 
     _begin(folder, recipe, model, start_from, screen)
-    trainer = Trainer(language, examples, held_out, recipe.train, folder=folder, screen=screen, save=save)
+    trainer = Trainer(
+        language, examples, held_out, recipe.train, folder=folder, screen=screen, save=save, memory=recipe.memory,
+        files=folder_of(recipe),
+    )  # fmt: skip
     screen.line(
         f"{trainer.steps} step{'s' * (trainer.steps != 1)} of {recipe.train.accumulate} x "
-        f"{recipe.train.micro_batch} examples, peak lr {recipe.train.lr:g}"
+        f"{trainer.capacity}, peak lr {recipe.train.lr:g}"
     )
-    result = trainer.run()
+    with told_out_of_memory(recipe, [*examples, *held_out], screen, trainer.last_save):
+        result = trainer.run()
     peak = peak_memory(trainer.device)
     screen.line(
         f"{result.steps} step{'s' * (result.steps != 1)}, {result.tokens:,} tokens in {result.seconds:.0f} s"
+        + (f", {result.skipped} skipped" if result.skipped else "")
         + (f"; peak memory {size(peak)}" if peak else "")
     )
     return result
@@ -304,6 +317,9 @@ def _examples(recipe: Recipe, path: str, tokenizer: Any, screen: Screen) -> list
         path, tokenizer, max_length=keys.max_length, loss_on=keys.loss_on, template=keys.template
     )
     screen.line(str(report))
+    if path == keys.train and len(examples) > 1:
+        capacity, lengths = Capacity.of(recipe.train), [len(example.input_ids) for example in examples]
+        screen.line(f"padding  {padding(lengths, capacity, recipe.train.seed):.0%} of micro-batches of {capacity}")
     if path == keys.train and report.format in ("prompt", "alpaca") and tokenizer.chat_template:
         screen.line(
             f"note: {report.format} records are learned as they stand, without the chat template that `qtune chat` "
@@ -311,19 +327,6 @@ def _examples(recipe: Recipe, path: str, tokenizer: Any, screen: Screen) -> list
             "yellow",
         )
     return examples
-
-
-def _within_budget(recipe: Recipe, budget: str, examples: Sequence[Example], screen: Screen) -> str:
-    """The plan in a line. Raises QtuneError where its peak is beyond the budget, with what would fit."""
-    from .planner.devices import find_device  # planning imports much that other runs do not need
-    from .planner.fit import refuse_beyond
-    from .planner.request import Lengths
-
-    pairs = sorted(((len(example.input_ids), sum(example.trained)) for example in examples), reverse=True)
-    worst = Lengths(tuple(pairs)).worst(recipe.train.micro_batch, recipe.data.max_length)
-    device = find_device(str(pick_device(recipe.device)))
-    plan = refuse_beyond(recipe, parse_size(budget), device, shape=worst, screen=screen)
-    return f"plan  {size(plan.process)} of the budget of {budget}, for {plan.shape.source.removeprefix('data: ')}"
 
 
 def _claim(folder: Path, overwrite: bool) -> None:
@@ -385,15 +388,3 @@ def _begin(folder: Path, recipe: Recipe, model: Any, start_from: Path | None, sc
     if (folder / "merged").exists():
         screen.line(f"note: {folder / 'merged'} is of the run before; merge anew with --overwrite", "yellow")
     write_text(folder / RECIPE, anchored(recipe).to_yaml())
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on a GPU, resident of the whole process elsewhere; 0 where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows has no such module
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

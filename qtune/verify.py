@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adapters import Adapted, adapted_sites
+from .checkpoint import Piece
 from .errors import QtuneError
+from .memory.layers import device_of
+from .model import names
+from .model.skeleton import empty
+from .model.source import read_folder
 from .quant import QuantEmbedding
 
 PROBES = 16  # random vectors that each written layer is checked with
@@ -118,10 +123,14 @@ def verify(model: nn.Module, folder: Path, dtype: torch.dtype, reference: Refere
 
 @contextmanager
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The model computing in `dtype` for the moment: all that is not packed is cast, and put back bit for bit after."""
+    """The model computing in `dtype` for the moment: all that is not packed is cast, and put back bit for bit after.
+
+    What `dtype` holds exactly is not kept beside: casting it back gives it again.
+    """
     tensors = [p for p in model.parameters() if p.is_floating_point()]
     tables = [m for m in model.modules() if isinstance(m, QuantEmbedding)]
-    before = [t.data for t in tensors], [t.dtype for t in tables]
+    own = [t.dtype for t in tensors], [t.dtype for t in tables]
+    kept = [None if torch.promote_types(t.dtype, dtype) == dtype else t.data for t in tensors]
     try:
         for tensor in tensors:
             tensor.data = tensor.data.to(dtype)
@@ -129,16 +138,16 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             table.dtype = dtype
         yield
     finally:
-        for tensor, data in zip(tensors, before[0], strict=True):
-            tensor.data = data
-        for table, own in zip(tables, before[1], strict=True):
-            table.dtype = own
+        for tensor, data, kind in zip(tensors, kept, own[0], strict=True):
+            tensor.data = tensor.data.to(kind) if data is None else data
+        for table, kind in zip(tables, own[1], strict=True):
+            table.dtype = kind
 
 
 @torch.no_grad()
 def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """fp32 logits [tokens, vocabulary] on the CPU, a prompt at a time."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     model.eval()
     rows = [torch.tensor([list(prompt)], device=device) for prompt in prompts]
     return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in rows]
@@ -147,13 +156,12 @@ def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
 @torch.no_grad()
 def check_layers(sites: dict[str, Adapted], folder: Path, dtype: torch.dtype) -> tuple[float, str]:
     """Largest error of a written layer as a fraction of its bound, and which layer; NaN wins."""
-    handles = [safe_open(str(path), framework="pt") for path in sorted(folder.glob("*.safetensors"))]
-    file_of = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    written = _Written(folder, dtype)
     generator = torch.Generator().manual_seed(0)
     worst, where = 0.0, next(iter(sites), "")
     for name, site in sites.items():
-        weight = file_of[f"{name}.weight"].get_tensor(f"{name}.weight").float()
-        bias = None if site.base.bias is None else file_of[f"{name}.bias"].get_tensor(f"{name}.bias").float()
+        weight = written(f"{name}.weight")
+        bias = None if site.base.bias is None else written(f"{name}.bias")
         x = torch.randn(PROBES, site.base.in_features, generator=generator)
         error = _layer_error(site, weight.T if site.base.conv1d else weight, bias, x, dtype)
         if not error <= worst:
@@ -161,10 +169,29 @@ def check_layers(sites: dict[str, Adapted], folder: Path, dtype: torch.dtype) ->
     return worst, where
 
 
+class _Written:
+    """Tensors of a written checkpoint by their names in the model, in fp32. Where the file has other names, or one
+    tensor of what are several layers (experts), the loader finds them."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.folder, self.dtype, self.found = folder, dtype, dict[str, Piece]()
+        handles = [safe_open(str(path), framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+        self.file_of = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (not a dict)
+
+    def __call__(self, name: str) -> Tensor:
+        if name in self.file_of:
+            return self.file_of[name].get_tensor(name).float()  # type: ignore[no-any-return]
+        if not self.found:
+            source = read_folder(self.folder, str(self.folder))
+            pieces = names.plan(source, empty(source.config, self.dtype)).pieces
+            self.found = {target: piece for piece in pieces for target in piece.targets}
+        return self.found[name].read()[name].float()
+
+
 def _layer_error(site: Adapted, weight: Tensor, bias: Tensor | None, x: Tensor, dtype: torch.dtype) -> float:
     """Root mean square error over outputs, as a fraction of the bound. weight [out, in], bias [out], x [probes, in],
     all fp32."""
-    want = site(x.to(site.base.packed.device)).cpu()
+    want = site(x.to(site.base.device)).cpu()
     half = torch.finfo(dtype).eps / 2
     bound = half * _rms(weight.norm(dim=1)) + FILLER * _rms(want) + torch.finfo(dtype).tiny * half * x.shape[1]
     bound += 0.0 if bias is None else half * _rms(bias)

@@ -108,7 +108,10 @@ def layers() -> Samples:
         "swiglu": [(g, u), (x[..., ::2], x[..., ::2])],
         "swiglu_backward": [(g, u, g + 1), (x, x, x)],
         "rotary": [(*turn, False), (*turn, True), (torch.randn(2, 3, 1, 8), angles.cos(), angles.sin(), False)],
-        "cross_entropy_": [(torch.randn(3, 70), labels), (torch.randn(3, 70).bfloat16(), labels)],
+        "cross_entropy_": [
+            (torch.randn(3, 70), labels), (torch.randn(3, 70).bfloat16(), labels, 0.1, 1e-3, True),
+            (torch.randn(3, 70), labels, 0.0, 0.0, False),
+        ],
     }  # fmt: skip
 
 

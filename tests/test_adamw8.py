@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from qtune import backend, ops, tables
 from qtune.errors import QtuneError
 from qtune.ops import optim as op_module
-from qtune.optim import SMALL, AdamW, AdamW8
+from qtune.optim import Optimizer
+from qtune.optim.rules import SMALL
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
+adamw8 = partial(Optimizer, rule="adamw8")
 RATES = (1e-2, 0.9, 0.999, 1e-8, 0.1)  # lr, betas, eps, weight decay
 
 
@@ -226,7 +229,7 @@ def test_trains_a_toy_as_well_as_torch(dtype: torch.dtype) -> None:
         ]
         weights = [w for _, w in named]
         optimizer: Any = (
-            AdamW8(named, lr=3e-3, seed=1) if kind == "ours" else torch.optim.AdamW(weights, lr=3e-3, weight_decay=0)
+            adamw8(named, lr=3e-3, seed=1) if kind == "ours" else torch.optim.AdamW(weights, lr=3e-3, weight_decay=0)
         )
         losses = []
         for _ in range(200):
@@ -303,7 +306,7 @@ def test_the_optimizer_takes_scales_decay_and_factors_as_adamw_does() -> None:
     torch.manual_seed(4)
     theirs = model()
     options: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3, "scales": {"b": 4.0}}
-    mine, plain = AdamW8(ours, **options), AdamW(theirs, **options)
+    mine, plain = adamw8(ours, **options), Optimizer(theirs, **options)
     assert mine.parameters == [p for _, p in ours]
     for factor in (1.0, 0.5, 0.1):
         gradients(ours)
@@ -317,12 +320,14 @@ def test_the_optimizer_takes_scales_decay_and_factors_as_adamw_does() -> None:
             assert torch.equal(a, b)  # served by AdamW itself
         assert (a - b).abs().max() < 0.25 * 1e-2 * (4 if name == "b" else 1)
         assert (a - b).norm() < 2e-2 * 1e-2 * (4 if name == "b" else 1) * a.numel() ** 0.5
-    assert len(mine.large) == 3 and all(one.states[0].dtype == torch.uint8 for one in mine.large)
+    large, small = mine.buckets["0"].inner
+    assert len(large.state) == 3 and all(state["m"].dtype == torch.uint8 for state in large.state.values())
+    assert [tuple(p.shape) for p in small.state] == [(16, 16)]
 
 
 def test_parameters_without_a_gradient_stay_and_drop_gradients_drops() -> None:
     named = model()
-    optimizer = AdamW8(named, lr=1e-2, weight_decay=0.5)
+    optimizer = adamw8(named, lr=1e-2, weight_decay=0.5)
     before = [p.detach().clone() for _, p in named]
     named[0][1].grad = torch.ones_like(named[0][1])
     version = named[0][1]._version
@@ -333,14 +338,14 @@ def test_parameters_without_a_gradient_stay_and_drop_gradients_drops() -> None:
     optimizer.drop_gradients()
     assert all(p.grad is None for _, p in named)
     assert SMALL == 4096
-    AdamW8(model()[:2], lr=1e-3).step(1.0)  # no small ones
-    AdamW8(model()[2:3], lr=1e-3).step(1.0)  # no large ones
+    adamw8(model()[:2], lr=1e-3).step(1.0)  # no small ones
+    adamw8(model()[2:3], lr=1e-3).step(1.0)  # no large ones
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_parameters_keep_small_updates(dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.ones(64, 128, dtype=dtype))
-    optimizer = AdamW8([("w", weight)], lr=1e-4)
+    optimizer = adamw8([("w", weight)], lr=1e-4)
     for _ in range(40):
         weight.grad = torch.ones_like(weight)
         optimizer.step(1.0)
@@ -351,7 +356,7 @@ def test_runs_are_repeatable_and_seeds_differ() -> None:
     def run(seed: int) -> list[Tensor]:
         torch.manual_seed(1)
         named = model(torch.bfloat16)
-        optimizer = AdamW8(named, lr=1e-4, seed=seed)
+        optimizer = adamw8(named, lr=1e-4, seed=seed)
         for _ in range(3):
             gradients(named)
             optimizer.step(1.0)
@@ -369,7 +374,7 @@ def test_the_reference_serves_where_no_kernel_does(monkeypatch: pytest.MonkeyPat
             monkeypatch.setattr(backend, "kernel", lambda name, device: None)
         torch.manual_seed(2)
         named = model(dtype)
-        optimizer = AdamW8(named, lr=1e-3)
+        optimizer = adamw8(named, lr=1e-3)
         gradients(named)
         optimizer.step(1.0)
         results.append([p.detach() for _, p in named])
@@ -378,6 +383,6 @@ def test_the_reference_serves_where_no_kernel_does(monkeypatch: pytest.MonkeyPat
 
 
 def test_adamw_is_fused_where_torch_has_that() -> None:
-    meta = nn.Parameter(torch.empty(8, 8, device="meta"))
-    assert AdamW([("w", meta)], lr=1e-3).inner.param_groups[0]["fused"]  # type: ignore[union-attr]
-    assert AdamW([("w", nn.Parameter(torch.empty(8, 8)))], lr=1e-3).inner.param_groups[0]["fused"]  # type: ignore[union-attr]
+    for device in ("cpu", "meta"):
+        weight = nn.Parameter(torch.empty(8, 8, device=device))
+        assert Optimizer([("w", weight)], lr=1e-3).buckets["0"].inner[0].param_groups[0]["fused"]

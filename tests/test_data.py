@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qtune.data import DataReport, Example, batches, collate, load_data, show_example, stream, tokenize
+from qtune.data import Capacity, DataReport, Example, batches, collate, load_data, show_example, stream, tokenize
 from qtune.encode import read_template
 from qtune.errors import QtuneError
 from qtune.records import Record, read_records
@@ -368,7 +368,7 @@ def test_pad_equal_to_eos_leaves_eos_trained() -> None:
 
 
 def order(seed: int | None, epoch: int, count: int = 10, size: int = 4) -> list[list[int]]:
-    found = batches(numbered(*[2] * count), size, seed=seed, epoch=epoch)
+    found = batches(numbered(*[2] * count), Capacity(size), seed=seed, epoch=epoch)
     return [batch.input_ids[:, 0].tolist() for batch in found]
 
 
@@ -385,10 +385,10 @@ ORDER_0_0 = [[2, 1, 3, 5], [10, 4, 9, 7], [8, 6]]
 
 
 def test_stream_goes_on_over_epochs() -> None:
-    found = [b.input_ids[:, 0].tolist() for b in itertools.islice(stream(numbered(*[2] * 10), 4, 5), 7)]
+    found = [b.input_ids[:, 0].tolist() for b in itertools.islice(stream(numbered(*[2] * 10), Capacity(4), 5), 7)]
     assert found == (order(5, 0) + order(5, 1) + order(5, 2))[:7]
     with pytest.raises(QtuneError, match="no examples"):
-        next(stream([], 4, 0))
+        next(stream([], Capacity(4), 0))
 
 
 # ---- shown example ----

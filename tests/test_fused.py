@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 
 from qtune import backend
 from qtune.adapters import AdapterSpec, adapt
+from qtune.memory.boundaries import Boundaries
 from qtune.model import load
 from qtune.model.fused import _norm, fuse, unfuse, use_own_attention
 from qtune.quant import Dense
@@ -122,7 +123,7 @@ def test_checkpointing_changes_no_bit_of_the_gradients(tmp_path: Path) -> None:
     found = []
     for checkpointing in (False, True):
         model = adapted(runs_helper.write_model(tmp_path / str(checkpointing)), torch.bfloat16)
-        LanguageModel(model.train()).checkpointing(checkpointing)
+        LanguageModel(model.train()).checkpointing(Boundaries() if checkpointing else None)
         found.append(loss_and_gradients(model, True, True))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 

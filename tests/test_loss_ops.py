@@ -37,25 +37,33 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return path
 
 
-def exact(logits: Tensor, labels: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def exact(
+    logits: Tensor, labels: Tensor, dtype: torch.dtype = torch.float64, smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """torch's losses and gradients, computed in `dtype`."""
     z = logits.detach().clone().to(dtype).requires_grad_()
-    losses = F.cross_entropy(z, labels, reduction="none")
+    losses = F.cross_entropy(z, labels, reduction="none", label_smoothing=smoothing)
+    if z_loss:
+        losses = losses + z_loss * z.logsumexp(1).square()
     return losses.detach(), torch.autograd.grad(losses.sum(), z)[0]
 
 
-def agrees(logits: Tensor, labels: Tensor) -> None:
+def agrees(logits: Tensor, labels: Tensor, smoothing: float = 0.0, z_loss: float = 0.0) -> None:
     """Losses no worse than twice torch's in fp32; gradients rounded once: half a unit of their dtype, and what fp32
-    loses in z - max, in exp and, at the label, in p - 1."""
-    want, theirs = exact(logits, labels), exact(logits, labels, torch.float32)
-    got = logits.clone()
-    losses = qtune.cross_entropy_(got, labels)
+    loses in z - max, in exp and, at the label, in p - 1. Without the gradient: the same losses, no logit touched."""
+    options = {"smoothing": smoothing, "z_loss": z_loss}
+    want, theirs = exact(logits, labels, **options), exact(logits, labels, torch.float32, **options)
+    got, kept = logits.clone(), logits.clone()
+    losses = qtune.cross_entropy_(got, labels, smoothing, z_loss, True)
     assert losses.dtype == torch.float32 and got.dtype == logits.dtype
     allowed = 2 * (theirs[0].double() - want[0]).abs() + 1.2e-7 * want[0].abs() + 3e-7
     assert bool(((losses.double() - want[0]).abs() <= allowed).all())
     kind, onehot = torch.finfo(logits.dtype), F.one_hot(labels, logits.shape[1]).double()
-    share = want[1] + onehot
-    in_fp32 = 1.2e-7 * (share * (4 + share.clamp(min=1e-300).log().abs()) + 2 * onehot)
+    share = logits.double().softmax(1)
+    slope = 1 + 2 * z_loss * logits.double().logsumexp(1, keepdim=True).abs()
+    in_fp32 = 1.2e-7 * (share * slope * (4 + share.clamp(min=1e-300).log().abs()) + 2 * onehot + smoothing)
+    assert torch.equal(qtune.cross_entropy_(kept, labels, smoothing, z_loss, False), losses)
+    assert torch.equal(kept, logits)
     tiny = 1.01 * kind.smallest_normal * kind.eps + 2e-45
     assert bool(((got.double() - want[1]).abs() <= 0.5 * kind.eps * want[1].abs() + in_fp32 + tiny).all())
 
@@ -71,6 +79,27 @@ def test_against_torch_in_float64(vocab: int, dtype: torch.dtype, provider: str,
     agrees(logits, logits.argmin(1))
     agrees(logits.sort(1).values, torch.arange(rows) % vocab)  # the maximum grows in every block
     agrees(logits.sort(1, descending=True).values, torch.arange(rows) % vocab)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 33, 4100])
+def test_smoothing_and_z_loss_against_torch_in_float64(
+    vocab: int, dtype: torch.dtype, provider: str, poisoned: None
+) -> None:
+    for smoothing, z_loss in ((0.1, 0.0), (0.0, 1e-2), (0.3, 1e-4), (0.9, 0.5)):
+        logits = (torch.randn(4, vocab) * 3 + 10 * torch.randn(4, 1)).to(dtype)
+        agrees(logits, torch.randint(0, vocab, (4,)), smoothing, z_loss)
+        agrees(logits.sort(1).values, torch.arange(4) % vocab, smoothing, z_loss)  # the maximum grows in every block
+
+
+def test_smoothing_of_masked_logits_is_infinite_as_in_torch(provider: str) -> None:
+    for before in (0, 2100):  # the first block's all, or some behind it
+        logits = torch.randn(2, 4200)
+        logits[:, before : before + 2100] = -INF
+        labels = torch.tensor([4199, 4190] if before == 0 else [0, 1])
+        want, got = exact(logits, labels, smoothing=0.1), logits.clone()
+        assert qtune.cross_entropy_(got, labels, 0.1).tolist() == want[0].tolist() == [INF, INF]
+        torch.testing.assert_close(got.double(), want[1], rtol=1e-6, atol=1e-8)
 
 
 def test_far_apart_logits(provider: str, poisoned: None) -> None:
@@ -173,6 +202,9 @@ def test_float64_stays_float64() -> None:
     losses = qtune.cross_entropy_(logits, labels)
     torch.testing.assert_close(losses, want[0], rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(logits, want[1], rtol=1e-13, atol=1e-13)
+    z, (loss, slope) = logits.clone(), exact(logits, labels, smoothing=0.2, z_loss=0.1)
+    torch.testing.assert_close(qtune.cross_entropy_(z, labels, 0.2, 0.1), loss, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(z, slope, rtol=1e-13, atol=1e-13)
 
 
 def test_what_does_not_fit_is_refused_all_at_once() -> None:
@@ -180,4 +212,4 @@ def test_what_does_not_fit_is_refused_all_at_once() -> None:
     with pytest.raises(QtuneError, match=r"logits of torch.float64.*labels: 3 of torch.int32.*wanted 2 of torch.int64"):
         k.cross_entropy_(torch.randn(2, 8).double(), torch.ones(3, dtype=torch.int32))
     with pytest.raises(QtuneError, match="unknown SIMD path 'sse'"):
-        k.cross_entropy_(torch.randn(2, 8), torch.ones(2, dtype=torch.int64), "sse")
+        k.cross_entropy_(torch.randn(2, 8), torch.ones(2, dtype=torch.int64), simd="sse")

@@ -23,7 +23,10 @@ FP32 = Dense("float32")
 EXPORTED = sorted(name for name, method in METHODS.items() if method.peft is not None)
 ATTENTION = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("attn.c_attn", "mlp.c_proj")}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "lora": [{"rank": 4, "alpha": 12.0}, {"rank": 4, "alpha": 6.0, "rslora": True, "dropout": 0.1, "plus": 4.0}],
+    "lora": [
+        {"rank": 4, "alpha": 12.0, "freeze_a": True},
+        {"rank": 4, "alpha": 6.0, "rslora": True, "dropout": 0.1, "plus": 4.0},
+    ],
     "dora": [{"rank": 4, "alpha": 12.0}, {"rank": 8, "rslora": True}],
     "ia3": [{}, {"feedforward": ("v_proj", "attn.c_attn")}],
 }

@@ -12,8 +12,10 @@ import pytest
 import tiny
 
 from qtune.cli import main
+from qtune.data import Capacity
 from qtune.errors import QtuneError
 from qtune.planner import fit as fits
+from qtune.planner import knobs
 from qtune.planner.devices import find_device
 from qtune.planner.fit import Search, explain, fit, peak, refuse_beyond, shown, smallest_change
 from qtune.planner.plan import Phase, Plan
@@ -144,19 +146,19 @@ def test_length_and_rank_have_floors_and_alpha_goes_with_the_rank(
     ruled(monkeypatch, some)
     search = Search(asked(folder, "data.max_length=1100", "adapter.rank=24", "adapter.alpha=48.0"))
     recipe, shape = search.request.recipe, search.request.shape()
-    assert [level.change["data.max_length"] for level in fits._length(recipe, shape)] == [550, 275]
-    assert [level.change for level in fits._rank(recipe, shape)] == [
+    assert [level.change["data.max_length"] for level in knobs.length(recipe, shape, "cuda")] == [550, 275]
+    assert [level.change for level in knobs.rank(recipe, shape, "cuda")] == [
         {"adapter.rank": 12, "adapter.alpha": 24.0}, {"adapter.rank": 6, "adapter.alpha": 12.0},
     ]  # fmt: skip
     short = replace(search.request, lengths=Lengths(((300, 9),)))
-    assert [level.change["data.max_length"] for level in fits._length(recipe, short.shape())] == [275], (
+    assert [level.change["data.max_length"] for level in knobs.length(recipe, short.shape(), "cuda")] == [275], (
         "550 cuts nothing"
     )
 
 
 def test_a_method_without_a_rank_has_no_such_knob(folder: Path) -> None:
     request = asked(folder, "adapter=ia3")
-    assert list(fits._rank(request.recipe, request.shape())) == []
+    assert list(knobs.rank(request.recipe, request.shape(), "cuda")) == []
 
 
 def test_if_nothing_fits_it_is_said_after_three_plans(
@@ -234,7 +236,7 @@ def test_fewer_windows_are_a_knob_where_loading_is_the_peak(
     assert len(steps) == len(set(steps)), "the step does not hang on the text"
     words = {row.words for row in explain(asked(folder, *changes))[1]}
     assert {"32 calibration windows", "codes nearest"} <= words
-    assert not list(fits._samples(asked(folder).recipe, some.shape)), "nothing starts from text"
+    assert not list(knobs.samples(asked(folder).recipe, some.shape, "cuda")), "nothing starts from text"
 
 
 # ---- for real
@@ -283,7 +285,7 @@ def test_fit_as_json(
 
 def test_changes_are_shown_as_the_recipe_reads_them(folder: Path) -> None:
     recipe = asked(folder, "scheme.embeddings=int8").recipe
-    change = {"scheme": fits.scheme_tree(recipe, "dense"), "train.checkpointing": True, "adapter.alpha": 16.0}
+    change = {"scheme": knobs.scheme_tree(recipe, "dense"), "train.checkpointing": True, "adapter.alpha": 16.0}
     again = recipe.with_(shown(change))
     assert again == recipe.with_(change) and again.embeddings == recipe.embeddings
     assert shown({"scheme": {"name": "nf4", "embeddings": None}}) == ["scheme=nf4"]
@@ -304,6 +306,8 @@ def test_explain_has_a_row_for_every_knob_sorted_by_what_it_saves(
         "scheme int3": 0, "scheme int2": 0,
         "micro-batch 8": 2048, "max_length 1,024": 2048, "scheme int8": 3000, "scheme dense": 3000,
         "checkpointing off": 4 * 512 * 7,
+        "input table on the host": 0, "layers' inputs on the host": 0, "layers' weights on the host": 0,
+        "optimizer on the host": 0, "updates in the backward": 0, "MLPs in tiles of 512 tokens": 0,
     }  # fmt: skip
     assert [row.difference for row in rows] == sorted(by_words.values())
     assert all(row.plan is not None and peak(row.plan) - peak(start) == row.difference for row in rows)
@@ -360,7 +364,7 @@ def test_a_recipe_beyond_its_budget_is_refused_with_what_would_fit(
 
 
 def test_a_known_micro_batch_is_what_is_refused(folder: Path, some: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = Lengths(((300, 9), (100, 5), (20, 1))).worst(2, 1024)
+    shape = Lengths(((300, 9), (100, 5), (20, 1))).worst(Capacity(2), 1024)[0]
     recipe = asked(folder, "train.micro_batch=2", "data.max_length=1024").recipe
     request = request_of(recipe, find_device("rtx4090"), 2**30, shape)
     assert request.shape() == shape, "as it was found, with the words that say where"

@@ -37,6 +37,7 @@ from qtune.runs import save_kept
 from qtune.screen import Screen
 from qtune.starting import start, wants
 from qtune.step import LanguageModel
+from qtune.verify import in_dtype
 
 CPU, GPU = find_device("cpu"), find_device("rtx4090")
 QUIET = Screen(quiet=True)
@@ -189,11 +190,11 @@ def test_a_gpu_is_loaded_with_a_copy_of_each_weight_and_a_gguf_file_dequantizes(
     assert phases.loading_of(plan).host == 0
 
 
-def test_fused_experts_are_stacked_in_host_memory() -> None:
+def test_an_expert_s_gate_and_up_are_put_together_in_host_memory() -> None:
     config = transformers.MixtralConfig(**SMALL | {"num_local_experts": 4, "tie_word_embeddings": False})
     r = recipe("x")
     plan = dataclasses.replace(planned("smollm2-135m", GPU), model=Model("x", config, ""), recipe=r)
-    assert phases.loading_of(plan).host == 2 * (4 * 2 * 512 * 256) * 2  # gate and up of four experts in bf16, twice
+    assert phases.loading_of(plan).host == 2 * (2 * 512 * 256) * 2  # gate and up of one expert in bf16, twice
 
 
 # ---- the adapter's start, evaluation
@@ -302,6 +303,25 @@ def test_merged_bytes_are_those_of_the_checkpoint(folder: Path, tmp_path: Path) 
     assert merging.written.peak(CPU) - runtime.process_bytes(CPU) == pytest.approx(seen.stop().peak()[0], abs=SCALARS)
 
 
+def test_the_reference_of_a_merge_takes_what_the_real_one_takes(folder: Path) -> None:
+    plan = planned(folder)
+    model = load(folder, plan.recipe.scheme, dtype=torch.bfloat16)
+    adapt(model, plan.recipe.adapter)
+    model.eval()
+    ids, seen = torch.zeros(1, phases.PROMPT_TOKENS, dtype=torch.int64), tracer()
+    with without_collector(), torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            seen.adopt(tensor, "weights")
+        with seen, in_dtype(model, torch.float32):
+            model(input_ids=ids, use_cache=False).logits[0].float()
+    few = maker(plan.model, plan.recipe)()
+    merging = phases.Merging(plan, few)
+    phases.cut(few, phases.pattern(few))
+    timeline, how = merging._reference(few)
+    assert timeline.peak(CPU) - runtime.process_bytes(CPU) == pytest.approx(seen.stop().peak()[0], abs=ids.nbytes)
+    assert how == "the reference logits in fp32"
+
+
 def test_what_is_not_here_is_downloaded(folder: Path) -> None:
     plan = planned("smollm2-135m")
     first = phases.phases_of(plan)[0]
@@ -359,7 +379,7 @@ def test_a_model_without_weights_is_measured_with_random_ones(monkeypatch: pytes
 
 
 def test_what_does_not_fit_or_is_not_here_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "_free", lambda device: 1 << 20)
+    monkeypatch.setattr(measuring, "free_memory", lambda device: 1 << 20)
     monkeypatch.setattr(measuring, "_run", lambda plan: pytest.fail("it was run"))
     with pytest.raises(QtuneError, match=r"has 1\.0 MiB free: it was not run"):
         measure(recipe(folder), CPU, None, QUIET)

@@ -16,6 +16,7 @@ import tiny
 from rich.console import Console
 
 from qtune.cli import main
+from qtune.data import Capacity
 from qtune.errors import QtuneError
 from qtune.planner import report, request, sweep
 from qtune.planner.devices import find_device
@@ -306,15 +307,16 @@ def test_data_with_a_tokenizer_gives_the_worst_micro_batch(tmp_path: Path, capsy
 
 def test_the_worst_micro_batch_of_lengths() -> None:
     lengths = Lengths(((50, 40), (20, 19), (10, 2)))
-    shape = lengths.worst(2, 512)
+    shape = lengths.worst(Capacity(2), 512)[0]
     assert (shape.rows, shape.length, shape.trained, shape.padded) == (2, 50, 59, True)
     assert "longest example 50 tokens (of 3 examples), the 2 longest" in shape.source
-    cut = lengths.worst(2, 16)
+    cut = lengths.worst(Capacity(2), 16)[0]
     assert (cut.length, cut.trained, cut.padded) == (16, 30, True), "cut to 16, of which the first is never trained"
-    assert Lengths(((50, 4), (50, 4), (40, 4))).worst(2, 512).padded, "another micro-batch of these is"
-    assert not Lengths(((50, 4), (50, 4))).worst(2, 512).padded
-    assert Lengths(((500, 4), (400, 300))).worst(1, 512).trained == 300, "the longest example need not train the most"
-    assert lengths.worst(8, 512).rows == 3, "there are no more examples"
+    assert Lengths(((50, 4), (50, 4), (40, 4))).worst(Capacity(2), 512)[0].padded, "another micro-batch of these is"
+    assert not Lengths(((50, 4), (50, 4))).worst(Capacity(2), 512)[0].padded
+    alone = Lengths(((500, 4), (400, 300))).worst(Capacity(1), 512)[0]
+    assert alone.trained == 300, "the longest example need not train the most"
+    assert lengths.worst(Capacity(8), 512)[0].rows == 3, "there are no more examples"
 
 
 # ---- faults

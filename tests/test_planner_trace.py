@@ -22,6 +22,7 @@ from qtune.data import Batch
 from qtune.errors import QtuneError
 from qtune.model import load
 from qtune.model.skeleton import build
+from qtune.optim.rules import RULES
 from qtune.planner.allocator import replay
 from qtune.planner.breakdown import parameters_of, rows_of
 from qtune.planner.devices import find_device
@@ -30,8 +31,9 @@ from qtune.planner.plan import plan_recipe
 from qtune.planner.step_trace import MetaBatch, planned_trace, step_trace
 from qtune.planner.trace import BACKWARD, LOSS, Trace, Tracer
 from qtune.quant import SCHEMES, scheme_from, storage_from
-from qtune.recipe import Recipe, TrainKeys
+from qtune.recipe import Recipe
 from qtune.screen import Screen
+from qtune.sections import MemoryKeys, TrainKeys
 from qtune.trainer import train
 
 CPU, GPU = find_device("cpu"), find_device("rtx4090")
@@ -95,7 +97,15 @@ def test_the_trace_on_meta_is_that_of_the_real_step(
     assert Counter(bytes_in_order(got)) == Counter(bytes_in_order(want))
 
 
-@pytest.mark.parametrize("optimizer", [{"optimizer": "adamw8"}, {"master_weights": False}])
+EARLY = {"update_in_backward": True, "clip": None}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"optimizer": "adamw8"}, {"master_weights": False}, {"optimizer": "lion"}, {"optimizer": "adafactor"}]
+    + [EARLY, EARLY | {"optimizer": "adafactor"}]
+    + [pytest.param(EARLY | {"optimizer": rule}, marks=pytest.mark.slow) for rule in ("adamw8", "lion")],
+)
 def test_every_optimizer_is_the_real_one(folder: Path, optimizer: dict[str, Any]) -> None:
     keys = TrainKeys(**optimizer)
     real = load(folder, scheme_from("nf4"))
@@ -106,6 +116,37 @@ def test_every_optimizer_is_the_real_one(folder: Path, optimizer: dict[str, Any]
     want, _ = step_trace(real, keys, [Batch(ids, torch.ones_like(ids), ids.clone())], CPU)
     got, _ = step_trace(planned, keys, [MetaBatch.of(2, 40)], CPU)
     assert bytes_in_order(got) == bytes_in_order(want)
+
+
+@pytest.mark.parametrize("embeddings", ["int3", "int8"])
+def test_a_packed_head_in_tiles_is_planned_as_it_runs(
+    embeddings: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arena is a tile; sums over tiles are declared. fp32: no kernel multiplies without unpacking."""
+    monkeypatch.setattr("qtune.ops.product.TILE", 4096)
+    options: dict[str, Any] = {"embeddings": scheme_from(embeddings), "dtype": torch.float32}
+    real = load(folder, scheme_from("nf4"), **options)
+    planned = build(copy.deepcopy(real.config), scheme_from("nf4"), **options)
+    for model in (real, planned):
+        adapt(model, AdapterSpec("lora"))
+    ids = torch.randint(0, real.config.vocab_size, (2, 40))
+    want, _ = step_trace(real, TrainKeys(), [Batch(ids, torch.ones_like(ids), ids.clone())], CPU)
+    got, _ = step_trace(planned, TrainKeys(), [MetaBatch.of(2, 40)], CPU)
+    assert bytes_in_order(got) == bytes_in_order(want)
+    arenas = {got.sizes[block] for block, op in enumerate(got.ops) if op == "arena torch.float32"}
+    assert arenas == {4096 * 4, 96 * 64 * 4}  # a layer of less than a block of nested scales is no tiles; the head is
+
+
+def test_a_packed_head_costs_a_tile_whatever_its_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    for tile in (1 << 40, 1 << 16):
+        monkeypatch.setattr("qtune.ops.product.TILE", tile)
+        config = LlamaConfig(**SIZES | {"vocab_size": 20_000}, num_hidden_layers=2)
+        model = build(config, scheme_from("nf4"), embeddings=scheme_from("nf4"))
+        adapt(model, AdapterSpec("lora"))
+        found, _ = step_trace(model, TrainKeys(), [MetaBatch.of(1, 16)], GPU)
+        taken.append(max(found.sizes[block] for block, op in enumerate(found.ops) if op.startswith("arena")))
+    assert taken == [20_000 * 64 * 2, (1 << 16) * 2]
 
 
 def test_trained_positions_and_padding_are_the_batch_s(folder: Path) -> None:
@@ -164,6 +205,33 @@ def test_the_planned_model_holds_what_the_loaded_one_does(tmp_path: Path, embedd
 
 
 # ---- few layers are all
+
+
+@pytest.mark.parametrize("rule", ["adamw", *(pytest.param(r, marks=pytest.mark.slow) for r in RULES if r != "adamw")])
+def test_updates_in_the_backward_are_planned(rule: str) -> None:
+    """All layers are traced: an update lies in the backward of the layer below, and the last layer has none above."""
+    batch, peaks = MetaBatch.of(1, 16), []
+    for more in ({"clip": None}, EARLY):
+        keys = TrainKeys(**{"optimizer": rule} | more)
+        got, _ = planned_trace(lambda: made(layers=6), keys, batch, CPU)
+        want, _ = step_trace(made(layers=6), keys, [batch], CPU)
+        assert_same(got, want)
+        peaks.append(got.peak()[0])
+    assert peaks[1] < peaks[0]
+
+
+@pytest.mark.parametrize("early", [{}, pytest.param(EARLY, marks=pytest.mark.slow)])
+def test_states_on_the_host_are_not_the_device_s(early: dict[str, Any]) -> None:
+    batch, trained = MetaBatch.of(1, 16), 0
+    traces = {}
+    for place in ("device", "host"):
+        keys, memory = TrainKeys(**{"clip": None} | early), MemoryKeys(optimizer=place)
+        traces[place], whole = planned_trace(lambda: made(layers=5), keys, batch, GPU, memory)
+        want, _ = step_trace(made(layers=5), keys, [batch], GPU, memory=memory)
+        assert_same(traces[place], want)
+        trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
+    left = {place: sum(t.sizes[b] for b in t.alive(len(t.events) - 1)) for place, t in traces.items()}
+    assert left["device"] - left["host"] == 12 * trained
 
 
 def refused(self: Pattern) -> Pattern:

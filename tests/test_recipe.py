@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from qtune.adapters import METHODS, AdapterSpec
 from qtune.errors import QtuneError
 from qtune.quant import Dense, scheme_from
-from qtune.recipe import DataKeys, Recipe, TrainKeys
+from qtune.recipe import Recipe
+from qtune.sections import DataKeys, MemoryKeys, TrainKeys
 from qtune.yaml_text import dump_yaml, load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,17 +51,16 @@ def test_defaults() -> None:
     assert recipe.adapter.targets == ("all-linear",)
     assert recipe.adapter.options == {n: p.default for n, p in METHODS["lora"].options().items()}
     assert recipe.data == DataKeys("train.jsonl", None, 512, "answer", None)
-    assert recipe.train == TrainKeys(
-        None, 1.0, 4, 1, 2e-4, "cosine", 0.03, 0.0, (0.9, 0.999), 1.0, True, "adamw", True, 0, None, True, None, 1
-    )
+    assert recipe.train == TrainKeys(epochs=1.0) and (recipe.train.micro_batch, recipe.train.lr) == (4, 2e-4)
+    assert recipe.memory == MemoryKeys() and set(asdict(recipe.memory).values()) == {"device", None}
 
 
 # override -> a part of the one fault it makes
 BAD = {
     "modell=x": "unknown key 'modell' (did you mean 'model'?); legal: adapter, budget, calibrate, data, device",
-    "lr=1e-4": "calibrate, data, device, dtype, model, output, scheme, train; it is called train.lr",
+    "lr=1e-4": "calibrate, data, device, dtype, memory, model, output, scheme, train; it is called train.lr",
     "train.trian=x": "train: unknown key 'trian'; legal: accumulate",
-    "train.model=x": "warmup, weight_decay; it is called model at the top",
+    "train.model=x": "warmup, weight_decay, z_loss; it is called model at the top",
     "train.max_length=9": "train: unknown key 'max_length'; legal: accumulate, betas",
     "data.trian=x": "data: unknown key 'trian' (did you mean 'train'?); legal: eval, loss_on, max_length",
     "train=fast": "train is 'fast'; legal: a mapping with the keys steps, epochs, micro_batch",
@@ -81,7 +82,7 @@ BAD = {
     "scheme.block=33": "scheme: ",
     "scheme.embeddings=int9": "scheme.embeddings: unknown scheme 'int9' (did you mean 'int8'?); legal: dense",
     "scheme.embeddings.block=1": "scheme.embeddings: ",
-    "embeddings=int8": "dtype, model, output, scheme, train; it is called scheme.embeddings",
+    "embeddings=int8": "output, scheme, train; it is called memory.embeddings; it is called scheme.embeddings",
     "adapter=lorra": "unknown adapter method 'lorra' (did you mean 'lora'?); legal:",
     "adapter=7": "adapter is 7; legal: a method's name or {method: ..., targets: ..., options}",
     "adapter.method=7": "unknown adapter method '7'; legal:",
@@ -103,7 +104,7 @@ BAD = {
     "train.steps=many": "train.steps is 'many'; legal: a whole number >= 1 or null",
     "train.epochs=0": "train.epochs is 0; legal: a number > 0 or null",
     "train.epochs=.inf": "train.epochs is inf; legal: a number > 0 or null",
-    "train.micro_batch=0": "train.micro_batch is 0; legal: a whole number >= 1",
+    "train.micro_batch=0": "train.micro_batch is 0; legal: a whole number >= 1 or null",
     "train.accumulate=-1": "train.accumulate is -1; legal: a whole number >= 1",
     "train.lr=0": "train.lr is 0; legal: a number > 0",
     "train.lr=.nan": "train.lr is nan; legal: a number > 0",
@@ -125,6 +126,9 @@ BAD = {
     "train.eval_every=5": "train.eval_every is 5, but data.eval is null; legal: null, or give data.eval",
     "train.save_every=x": "train.save_every is 'x'; legal: a whole number >= 1 or null",
     "train.log_every=null": "train.log_every is null; legal: a whole number >= 1",
+    "memory.weights=gpu": "memory.weights is 'gpu'; legal: device, host, disk",
+    "memory.embeddings=disk": "memory.embeddings is 'disk'; legal: device, host",
+    "memory.mlp_tile=0": "memory.mlp_tile is 0; legal: a whole number >= 1 or null",
     "train.lr": "override 'train.lr' is not of the form key=value, as in train.lr=1e-4",
     "=3": "override '=3' is not of the form key=value",
     "train.lr={": "override 'train.lr={': line 1, column 2: not YAML: ",
@@ -156,6 +160,7 @@ BAD_YAML = {
     BASE + "---\nmodel: x\n": "expected a single document",
     BASE
     + "train: {steps: 3, epochs: 2}\n": "train.steps is 3 and train.epochs is 2; legal: one of the two, the other null",
+    BASE + "train: {checkpointing: false}\nmemory: {weights: disk}\n": "legal: train.checkpointing true",
     BASE + "train: {steps: 10, warmup: 10}\n": "train.warmup is 10 steps of train.steps = 10; legal: fewer than that",
 }
 
@@ -347,7 +352,7 @@ def test_keys_for_the_docs() -> None:
     assert rows["train.lr"] == ("train.lr", 2e-4, "a number > 0", "peak learning rate")
     assert rows["model"].default == "required"
     assert (rows["scheme"].default, rows["adapter"].default) == ("nf4", "lora")
-    assert len(rows) == len(table) == 35
+    assert len(rows) == len(table) == 48
     assert all(row.doc and row.legal for row in rows.values())
     assert not [name for name in rows if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", name)]
 

@@ -208,7 +208,8 @@ def test_lora_plus_reaches_the_optimizer(tmp_path: Path, monkeypatch: pytest.Mon
     made: list[Trainer] = []
     monkeypatch.setattr(Trainer, "run", lambda self: made.append(self) or trainer.TrainResult(self.folder))
     train(runs_helper.recipe(tmp_path, adapter__plus=16))
-    groups = {g["scale"]: {p.shape[-1] for p in g["params"]} for g in made[0].train_step.optimizer.inner.param_groups}
+    inner = made[0].train_step.optimizer.buckets["0"].inner[0]
+    groups = {g["scale"]: {p.shape[-1] for p in g["params"]} for g in inner.param_groups}
     assert groups[16.0] == {4} and 4 not in groups[1.0], "B [out, rank] learns faster, A does not"
 
 

@@ -17,15 +17,16 @@ from torch import nn
 
 from qtune import loss as loss_module
 from qtune.adapters import AdapterSpec, adapt
-from qtune.data import collate, load_data
+from qtune.data import Capacity, Example, collate, load_data, steps_of
 from qtune.errors import QtuneError
 from qtune.evaluate import choices_of, evaluate
-from qtune.loss import cross_entropy_sum, logit_transform
+from qtune.loss import LossOptions, cross_entropy_sum, logit_transform, loss_options
 from qtune.model import load
-from qtune.optim import AdamW, lr_factor
+from qtune.optim import Optimizer, lr_factor
 from qtune.quant import NF4, Dense, QuantLinear
+from qtune.recipe import Recipe
 from qtune.step import LanguageModel, NonFinite, TrainStep
-from qtune.trainer import Trainer, steps_of, train
+from qtune.trainer import Trainer, train
 
 
 def batch(length: int = 16, rows: int = 2) -> object:
@@ -95,6 +96,56 @@ def test_chunked_gradient_equals_float64(monkeypatch: pytest.MonkeyPatch, cap: f
     assert torch.allclose(head.weight.grad.double(), weight.grad, atol=1e-5), "a trained head gets its gradient too"
 
 
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("options", [(0.1, 0.0), (0.0, 1e-2), (0.3, 1e-3)])
+def test_smoothing_and_z_loss_equal_float64(chunk: int | None, options: tuple[float, float]) -> None:
+    smoothing, z_loss = options
+    head, hidden = nn.Linear(24, 37, bias=False), torch.randn(3, 20, 24, requires_grad=True)
+    labels = torch.randint(0, 37, (3, 20))
+    labels[1, 4:9] = -100
+    transform = logit_transform(type("Config", (), {"final_logit_softcapping": 3.0}))
+    got = cross_entropy_sum(hidden, labels, head, 37, transform, LossOptions(chunk, smoothing, z_loss))
+    got.backward()
+    wide, weight = hidden.detach().double().requires_grad_(), head.weight.detach().double()
+    logits, target = (torch.tanh(wide[:, :-1] @ weight.T / 3) * 3).reshape(-1, 37), labels[:, 1:].reshape(-1)
+    expected = nn.functional.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)
+    expected = expected + z_loss * logits[target != -100].logsumexp(1).square().sum()
+    expected.backward()
+    assert torch.allclose(got.double(), expected, rtol=1e-6)
+    assert torch.allclose(hidden.grad.double(), wide.grad, atol=1e-5)
+    with torch.no_grad():
+        again = cross_entropy_sum(hidden, labels, head, 37, transform, LossOptions(chunk, smoothing, z_loss))
+    assert torch.allclose(again, got.detach(), rtol=1e-6)
+
+
+def test_evaluation_knows_no_smoothing_and_keeps_to_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = Recipe.load(
+        {"model": "x"}, ["train.label_smoothing=0.2", "train.z_loss=1e-3", "memory.loss_chunk=5"], training=False
+    )
+    options = loss_options(keys.train, keys.memory)
+    assert options == LossOptions(5, 0.2, 1e-3)
+    model, seen = tiny.model("llama"), []
+    plain, smoothed = LanguageModel(model), LanguageModel(model, options)
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    free = [Example(list(range(2, 30 + n)), b"\1" * (28 + n), "") for n in range(3)]
+    choice = [Example([2, 3, 4 + n % 2], b"\0\0\1", "") for n in range(4)]
+    for examples in (free, choice):
+        want, chunks = evaluate(plain, examples, capacity=Capacity(2)), len(seen)
+        got = evaluate(smoothed, examples, capacity=Capacity(2))
+        assert got.loss == pytest.approx(want.loss, rel=1e-6) and got.accuracy == want.accuracy
+        assert max(seen[chunks:]) <= 5
+        seen.clear()
+    batch = collate(free)
+    assert smoothed.loss_sum(batch).item() > 1.001 * plain.loss_sum(batch).item()
+
+
+@pytest.mark.parametrize("given", ["train.label_smoothing=1", "train.label_smoothing=-0.1", "train.z_loss=-1"])
+def test_illegal_options_of_the_loss_are_named(given: str) -> None:
+    with pytest.raises(QtuneError, match=r"is -?[0-9.]+; legal: a number >= 0"):
+        Recipe.load({"model": "x"}, [given], training=False)
+
+
 def test_no_trained_position_is_no_loss() -> None:
     hidden = torch.randn(1, 4, 8, requires_grad=True)
     total = cross_entropy_sum(hidden, torch.full((1, 4), -100), nn.Linear(8, 5), 5, lambda x: x)
@@ -123,7 +174,7 @@ def test_master_weights_keep_updates_that_bf16_loses() -> None:
     moved = {}
     for master in (True, False):
         weight = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
-        optimizer = AdamW([("w", weight)], lr=1e-3, master_weights=master)
+        optimizer = Optimizer([("w", weight)], lr=1e-3, master_weights=master)
         for _ in range(40):
             weight.grad = torch.ones_like(weight)
             optimizer.step(1.0)
@@ -134,7 +185,7 @@ def test_master_weights_keep_updates_that_bf16_loses() -> None:
 
 def test_optimizer_equals_torch_in_fp32() -> None:
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 9).view(3, 3)) for _ in range(2))
-    optimizer = AdamW([("w", ours)], lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
+    optimizer = Optimizer([("w", ours)], lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
     reference = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
     for step in range(5):
         for parameter in (ours, theirs):
@@ -146,7 +197,7 @@ def test_optimizer_equals_torch_in_fp32() -> None:
 
 def test_weight_decay_leaves_vectors_at_their_start() -> None:
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = AdamW([("m", matrix), ("v", vector)], lr=1e-2, weight_decay=0.5)
+    optimizer = Optimizer([("m", matrix), ("v", vector)], lr=1e-2, weight_decay=0.5)
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step(1.0)
     assert torch.all(vector == 1) and torch.all(matrix < 1)
@@ -154,7 +205,7 @@ def test_weight_decay_leaves_vectors_at_their_start() -> None:
 
 def test_scales_are_factors_on_the_learning_rate() -> None:
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    optimizer = AdamW([("a", a), ("b", b)], lr=1e-3, scales={"b": 16.0})
+    optimizer = Optimizer([("a", a), ("b", b)], lr=1e-3, scales={"b": 16.0})
     a.grad = b.grad = torch.ones(1)
     optimizer.step(0.5)
     assert float(b / a) == pytest.approx(16.0, rel=1e-3) and float(a) == pytest.approx(-5e-4, rel=1e-3)
@@ -177,7 +228,7 @@ def step_of(folder: Path, **options: object) -> tuple[LanguageModel, TrainStep]:
             parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()), std=0.1)
     language = LanguageModel(model)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return language, TrainStep(language, AdamW(named, lr=1e-3), **{"clip": None} | options)
+    return language, TrainStep(language, Optimizer(named, lr=1e-3), **{"clip": None} | options)
 
 
 def test_two_micro_batches_of_one_equal_one_of_two(tmp_path: Path) -> None:
@@ -237,7 +288,7 @@ def test_every_attention_is_the_same_attention(
 
 @pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "adamw8"])
 def test_every_optimizer_of_a_recipe_learns(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtune.optim.SMALL", 64)  # so that the states of this tiny adapter are the packed ones
+    monkeypatch.setattr("qtune.optim.rules.SMALL", 64)  # so that the states of this tiny adapter are the packed ones
     result = train(runs_helper.recipe(tmp_path, train__steps=40, train__optimizer=optimizer))
     assert result.after.accuracy == 1.0 and result.after.loss < result.before.loss
 
@@ -313,7 +364,7 @@ def test_loss_that_is_not_finite_stops_with_step_and_last_save(tmp_path: Path, m
         return real(self, b) * (math.nan if self.model.training and next(calls) == 5 else 1.0)
 
     monkeypatch.setattr(LanguageModel, "loss_sum", poisoned)
-    recipe = runs_helper.recipe(tmp_path, train__save_every=2)
+    recipe = runs_helper.recipe(tmp_path, train__save_every=2, train__max_skipped=0)
     with pytest.raises(NonFinite, match=r"step 6: loss is nan.*adapter.safetensors holds the adapter of step 4"):
         train(recipe)
     assert json.loads((tmp_path / "run" / "adapter.json").read_text())["base"]["step"] == 4
@@ -360,7 +411,7 @@ def test_steps_of_epochs(tmp_path: Path) -> None:
     keys = runs_helper.recipe(
         tmp_path, train__steps=None, train__epochs=1.5, train__micro_batch=4, train__accumulate=2
     ).train
-    assert steps_of(keys, 21) == math.ceil(1.5 * 6 / 2)
+    assert steps_of(keys, [7] * 21) == math.ceil(1.5 * 6 / 2)
 
 
 # ---- evaluation ----
@@ -383,7 +434,7 @@ def test_choice_accuracy_equals_likelihood_by_hand(tmp_path: Path) -> None:
         label = answers.index(tuple(example.input_ids[start:]))
         right += scores.index(max(scores)) == label
         total -= scores[label]
-    result = evaluate(LanguageModel(model), examples, micro_batch=5)
+    result = evaluate(LanguageModel(model), examples, capacity=Capacity(5))
     assert result.accuracy == pytest.approx(right / len(examples))
     assert result.loss == pytest.approx(total / result.tokens, rel=1e-4)
 

@@ -91,7 +91,7 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     f32, x, row = torch.float32, meta(512, 4096, dtype=dtype), meta(4096, dtype=dtype)
     short, gate = meta(512, 32, 128, dtype=dtype), meta(512, 28672, dtype=dtype)
     heads, angles = meta(2, 32, 64, 128, dtype=dtype).transpose(1, 2), meta(1, 64, 128, dtype=f32)
-    base = meta(28, 28, dtype=torch.int8)
+    base, loss_of = meta(28, 28, dtype=torch.int8), (meta(64, 128256, dtype=dtype), meta(64, dtype=torch.int64))
     csr = (meta(4097, dtype=torch.int64), meta(10000, dtype=torch.int16), meta(10000, dtype=f32))
     return {
         "rms_norm": ("layers", "rms_norm", x, row, 1e-6, 0.0, True),
@@ -102,7 +102,9 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "swiglu_backward": ("layers", "swiglu_backward", gate[:, 14336:], *gate.chunk(2, -1)),
         "rotary": ("layers", "rotary", heads, angles, angles, False),
         "rotary, in part": ("layers", "rotary", heads, angles[..., :96], angles[..., :96], True),
-        "cross_entropy_": ("loss", "cross_entropy_", meta(64, 128256, dtype=dtype), meta(64, dtype=torch.int64)),
+        "cross_entropy_": ("loss", "cross_entropy_", *loss_of),
+        "cross_entropy_, more": ("loss", "cross_entropy_", *loss_of, 0.1, 1e-4, True),
+        "cross_entropy_, losses": ("loss", "cross_entropy_", *loss_of, 0.0, 0.0, False),
         "hadamard": ("hadamard", "hadamard_kronecker", x, base[:1, :1], 1.0, False),
         "hadamard, heads": ("hadamard", "hadamard_kronecker", short, base[:1, :1], 1.0, False),
         "hadamard, 2^15": ("hadamard", "hadamard_kronecker", meta(4, 1 << 15, dtype=dtype), base[:1, :1], 1.0, False),
@@ -257,8 +259,9 @@ def test_rotary(module, device, dtype, batch, seq, heads, dim, r) -> None:  # ty
 # ---- cross entropy
 
 
-def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, reduction="none")
+def loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    return losses + z_loss * logits.logsumexp(1).square() if z_loss else losses
 
 
 @on("loss")
@@ -280,6 +283,22 @@ def test_cross_entropy(module, device, dtype, rows, vocab, size) -> None:  # typ
     assert around.isnan().all()
     other = moved(logits.t().contiguous().t(), device)  # a column after the other
     assert torch.equal(module.cross_entropy_(other, moved(labels, device)), losses)
+
+
+@on("loss")
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.3, 1e-3)])
+@pytest.mark.parametrize("vocab", [1, 33, 17001])
+def test_smoothing_and_z_loss(module, device, dtype, vocab, smoothing, z_loss) -> None:  # type: ignore[no-untyped-def]
+    logits, labels = (torch.randn(3, vocab) * 3 + 5).to(dtype), torch.randint(0, vocab, (3,))
+    z, kept, there, options = moved(logits, device), moved(logits, device), moved(labels, device), (smoothing, z_loss)
+    losses = module.cross_entropy_(z, there, *options, True)
+    check(losses, loss(logits.double(), labels, *options), loss(logits.float(), labels, *options), terms=1.0)
+    wide = torch.ones(3, dtype=torch.float64)
+    exact = gradients(lambda z: loss(z, labels, *options), wide, logits.double())[0]
+    theirs = gradients(lambda z: loss(z.float(), labels, *options), wide.float(), logits)[0]
+    check(z, exact, theirs, terms=torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
+    assert torch.equal(module.cross_entropy_(kept, there, *options, False), losses)
+    assert torch.equal(kept.cpu(), logits)
 
 
 @on("loss")

@@ -44,8 +44,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "norm_topk_prob": True,
         "decoder_sparse_step": 1, "mlp_only_layers": [],
     }),
+    "mixtral": ("MixtralConfig", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("OlmoeConfig", LLAMA | {"num_experts": 6, "num_experts_per_tok": 3}),
+    "granitemoe": ("GraniteMoeConfig", LLAMA | {"num_local_experts": 3, "num_experts_per_tok": 2}),
+    "deepseek-v3": ("DeepseekV3Config", LLAMA | {
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+        "v_head_dim": 12, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2,
+        "first_k_dense_replace": 1, "topk_group": 1,
+    }),
+    "gpt-oss": ("GptOssConfig", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
 }  # fmt: skip
-DENSE = [family for family in FAMILIES if family != "qwen3-moe"]
+ROUTED = ["qwen3-moe", "mixtral", "olmoe", "granitemoe", "deepseek-v3"]  # experts that are packed
+DENSE = [family for family in FAMILIES if family not in (*ROUTED, "gpt-oss")]
 
 
 def model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:

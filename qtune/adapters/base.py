@@ -108,6 +108,10 @@ class Adapter(nn.Module):
         """Why the method makes no sense on a base of `scheme`, or nothing."""
         return ""
 
+    def thaw(self) -> None:
+        """Everything that is learned asks for a gradient, nothing else does."""
+        self.requires_grad_(True)
+
     def reset(self, base: QuantLinear, source: Source | None = None) -> None:
         """First values, random ones through `draw`; may call base.set_weight. Ends with what `prepare` does.
 
@@ -129,7 +133,7 @@ class Adapter(nn.Module):
         """The dense fp32 weight [out, in] and bias [out] that compute the same as `forward`, by probing. Additive
         methods override it."""
         dense = _dense_copy(base)
-        like: dict[str, Any] = {"dtype": torch.float32, "device": base.packed.device}
+        like: dict[str, Any] = {"dtype": torch.float32, "device": base.device}
         bias = self(torch.zeros(1, base.in_features, **like), dense)[0]
         weight = torch.empty(base.out_features, base.in_features, **like)
         for start in range(0, base.in_features, PROBE_ROWS):
@@ -180,7 +184,7 @@ class Adapter(nn.Module):
 
 def trainable(shape: Sequence[int], base: QuantLinear, dtype: torch.dtype | None = None) -> nn.Parameter:
     """An uninitialised parameter on the base's device, in the model's compute dtype unless said otherwise."""
-    return nn.Parameter(torch.empty(*shape, dtype=dtype or base.dtype, device=base.packed.device))
+    return nn.Parameter(torch.empty(*shape, dtype=dtype or base.dtype, device=base.device))
 
 
 def draw(values: Tensor, fill: Callable[..., Any], *args: Any) -> None:
@@ -199,7 +203,7 @@ def recompute(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 def _dense_copy(base: QuantLinear) -> QuantLinear:
     """The base in fp32: what a probe runs over."""
-    device = base.packed.device
+    device = base.device
     dense = QuantLinear(
         base.in_features,
         base.out_features,

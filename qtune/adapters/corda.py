@@ -36,12 +36,13 @@ class CorDA(LoRA):
         dropout: float = 0.0,
         rslora: bool = False,
         plus: float = 1.0,
+        freeze_a: bool = False,
         mode: str = "ipm",
         damping: float = 0.01,
         svd: str = "fast",
         niter: int = 4,
     ) -> None:
-        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, plus=plus)
+        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, plus=plus, freeze_a=freeze_a)
         starts.check_rank(base, rank)
         self.mode, self.damping, self.svd = mode, damping, (svd, niter)
 

@@ -40,8 +40,9 @@ class DoRA(LoRA):
         dropout: float = 0.0,
         rslora: bool = False,
         plus: float = 1.0,
+        freeze_a: bool = False,
     ) -> None:
-        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, plus=plus)
+        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, plus=plus, freeze_a=freeze_a)
         self.magnitude = trainable((base.out_features,), base, torch.float32)
         self.register_buffer("squares", torch.empty_like(self.magnitude, requires_grad=False), persistent=False)
 

@@ -32,11 +32,12 @@ class LoftQ(LoRA):
         dropout: float = 0.0,
         rslora: bool = False,
         plus: float = 1.0,
+        freeze_a: bool = False,
         iterations: int = 1,
         svd: str = "fast",
         niter: int = 4,
     ) -> None:
-        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, plus=plus)
+        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, plus=plus, freeze_a=freeze_a)
         starts.check_rank(base, rank)
         self.iterations, self.svd = iterations, (svd, niter)
 

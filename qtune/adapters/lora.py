@@ -2,6 +2,11 @@
 
 Hu et al. 2021 (arXiv 2106.09685); rsLoRA 2312.03732; LoRA+ 2402.12354 (`plus`: B learns `plus` times as fast as A).
 Start: A Kaiming-uniform, B zero. A [rank, in], B [out, rank]. Left out: LoRA on embeddings.
+
+`freeze_a` is LoRA-FA (2308.03303): only B is trained, so that x is not kept for A's gradient, x A^T is enough. The
+paper's second version corrects B's gradient by (A A^T)^-1 / s^2, as PEFT's create_lorafa_optimizer does at every step.
+Here A starts with orthogonal rows, as long as Kaiming's are on average: the correction is then one number, which AdamW
+and Lion do not see. Methods with a start of their own keep theirs (singular vectors are orthogonal too).
 """
 
 from __future__ import annotations
@@ -37,16 +42,25 @@ class LoRA(Adapter):
         dropout: float = 0.0,
         rslora: bool = False,
         plus: float = 1.0,
+        freeze_a: bool = False,
     ) -> None:
         super().__init__(base)
         self.A = trainable((rank, base.in_features), base)
         self.B = trainable((base.out_features, rank), base)
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
-        self.plus = plus
+        self.plus, self.freeze_a = plus, freeze_a
         self.dropout = nn.Dropout(dropout)
+        self.thaw()
+
+    def thaw(self) -> None:
+        super().thaw()
+        self.A.requires_grad_(not self.freeze_a)
 
     def reset(self, base: QuantLinear, source: Source | None = None) -> None:
-        draw(self.A, nn.init.kaiming_uniform_, math.sqrt(5))
+        if self.freeze_a:
+            draw(self.A, _orthogonal_rows)
+        else:
+            draw(self.A, nn.init.kaiming_uniform_, math.sqrt(5))
         nn.init.zeros_(self.B)
 
     def changed(self, x: Tensor, base: QuantLinear) -> Tensor:
@@ -78,3 +92,8 @@ class LoRA(Adapter):
             if options.get(name, 1) <= 0
         ]
         return faults
+
+
+def _orthogonal_rows(values: Tensor) -> None:
+    """Rows [rank, in] at right angles, of the length that Kaiming-uniform ones have on average."""
+    values.copy_(nn.init.orthogonal_(torch.empty(values.shape, device=values.device), 3**-0.5))

@@ -29,8 +29,9 @@ class MiLoRA(LoRA):
         dropout: float = 0.0,
         rslora: bool = False,
         plus: float = 1.0,
+        freeze_a: bool = False,
     ) -> None:
-        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, plus=plus)
+        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, plus=plus, freeze_a=freeze_a)
         starts.check_rank(base, rank)
 
     @classmethod

@@ -38,12 +38,13 @@ class PiSSA(LoRA):
         alpha: float = 16.0,
         rslora: bool = False,
         plus: float = 1.0,
+        freeze_a: bool = False,
         iterations: int = 1,
         refit: bool = False,
         svd: str = "fast",
         niter: int = 4,
     ) -> None:
-        super().__init__(base, rank=rank, alpha=alpha, rslora=rslora, plus=plus)
+        super().__init__(base, rank=rank, alpha=alpha, rslora=rslora, plus=plus, freeze_a=freeze_a)
         starts.check_rank(base, rank)
         self.iterations, self.refit, self.svd = iterations, refit, (svd, niter)
 

@@ -59,7 +59,7 @@ class QWHA(Adapter):
         self.rule = Rule(select, allocate, temperature, refine, rounds)
         self.scale = scale / math.sqrt(width * out)
         self.values = trainable((total,), base)
-        like: dict[str, Any] = {"device": base.packed.device}
+        like: dict[str, Any] = {"device": base.device}
         self.register_buffer("rows", torch.zeros(out + 1, dtype=torch.int32, **like))
         self.register_buffer("cols", torch.zeros(total, dtype=torch.int16 if width <= 1 << 16 else torch.int32, **like))
 
@@ -70,7 +70,7 @@ class QWHA(Adapter):
     @torch.no_grad()
     def reset(self, base: QuantLinear, source: Source | None = None) -> None:
         assert source is not None
-        error = source.weight.to(base.packed.device, torch.float32, copy=True)
+        error = source.weight.to(base.device, torch.float32, copy=True)
         if not is_dense(base):
             error -= base.dequantize(torch.float32)
         f = transform(error, self.transform)

@@ -22,17 +22,18 @@ SLACK = 1e-5  # of a distance: sums in fp32
 
 
 def find_sites(model: nn.Module, targets: Iterable[str]) -> dict[str, QuantLinear]:
-    """Sites by name: QuantLinears whose full name or its end matches a target; `all-linear` is every one but the head.
+    """Sites by name: QuantLinears whose full name or its end matches a target; `all-linear` is every one but the head
+    and a mixture's experts, which `*.experts.*` takes.
 
     Raises QtuneError naming each target that matches nothing, with the names that exist.
     """
     bases = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    head = [name for name in bases if name.rsplit(".", 1)[-1] in ("lm_head", "embed_out")]
+    left = {name for name, m in bases.items() if m.routed or name.rsplit(".", 1)[-1] in ("lm_head", "embed_out")}
     sites: dict[str, QuantLinear] = {}
     missing = []
     for target in targets:
         found = (
-            [n for n in bases if n not in head] if target == ALL_LINEAR else [n for n in bases if matches(n, target)]
+            [n for n in bases if n not in left] if target == ALL_LINEAR else [n for n in bases if matches(n, target)]
         )
         if not found:
             missing.append(target)

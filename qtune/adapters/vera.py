@@ -28,7 +28,7 @@ class Projections(nn.Module):
         super().__init__()
         inputs, outputs = max(b.in_features for b in bases), max(b.out_features for b in bases)
         for stream, (name, shape) in enumerate((("A", (rank, inputs)), ("B", (outputs, rank)))):
-            values = hashed_uniform(shape, 2 * seed + stream, bases[0].packed.device)
+            values = hashed_uniform(shape, 2 * seed + stream, bases[0].device)
             values = values.mul_(math.sqrt(6 / shape[1])).to(bases[0].dtype)  # Kaiming's bound for ReLU
             self.register_buffer(name, values, persistent=False)
 

@@ -1,5 +1,19 @@
 """What makes big models fit, and what memory costs in time."""
 
-from .host import keep_freed_memory
+from .host import (
+    DEVICE,
+    DISK,
+    HOST,
+    host_empty,
+    keep_freed_memory,
+    making,
+    mark,
+    on_host,
+    place_of,
+    return_freed_memory,
+)
 
-__all__ = ["keep_freed_memory"]
+__all__ = [
+    "DEVICE", "DISK", "HOST", "host_empty", "keep_freed_memory", "making", "mark", "on_host", "place_of",
+    "return_freed_memory",
+]  # fmt: skip

@@ -18,6 +18,7 @@ from transformers.core_model_loading import dot_natural_key
 from ..checkpoint import Piece, Pieces
 from ..errors import QtuneError
 from ..gguf import GGUF
+from .experts import fused_shapes, library_state, part_of
 
 UNREAD_GGUF = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 TABLES_GGUF = ("token_embd.weight", "output.weight")
@@ -31,7 +32,7 @@ class _TwoLevels:
         self.model, self.config, self.child = model, config, child
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+        return library_state(self.model)
 
     def named_children(self) -> list[tuple[str, Any]]:
         inner = getattr(self.model, self.child, None) if self.child else None
@@ -63,7 +64,7 @@ def gguf_pieces(file: GGUF, model: PreTrainedModel) -> Pieces:
 
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
     names = _gguf_names(file, model, processor)
-    found, state = Pieces(), model.state_dict()
+    found, state, fused = Pieces(), library_state(model), fused_shapes(model)
     groups: dict[str, list[str]] = {}
     for name in file.tensors:
         target = _gguf_target(name, names)
@@ -76,6 +77,12 @@ def gguf_pieces(file: GGUF, model: PreTrainedModel) -> Pieces:
         else:
             found.extra.append(name)
     for target, members in groups.items():
+        if target in fused and all(file.tensors[name].shape[0] == fused[target][0] for name in members):
+            for number in range(fused[target][0]):
+                part = part_of(target, number)
+                one = _expert_reader(_gguf_reader(file, members, target, processor, names, number), target, part)
+                found.pieces.append(Piece(" + ".join(members), {part: fused[target][1:]}, one))
+            continue
         shape = _gguf_shape(file, members, tuple(state[target].shape))
         table = members[0] in TABLES_GGUF and shape == file.tensors[members[0]].shape
         rows = _bind_rows(file, members[0]) if table else None
@@ -97,13 +104,19 @@ def _bind_rows(file: GGUF, name: str) -> Callable[[], Any]:
     return lambda: file.rows(name)
 
 
+def _expert_reader(
+    read: Callable[[], Mapping[str, Tensor]], target: str, part: str
+) -> Callable[[], Mapping[str, Tensor]]:
+    return lambda: {part: read()[target][0]}
+
+
 def _gguf_reader(
-    file: GGUF, members: list[str], target: str, processor: Any, names: dict[str, str]
+    file: GGUF, members: list[str], target: str, processor: Any, names: dict[str, str], at: int | None = None
 ) -> Callable[[], Mapping[str, Tensor]]:
     def read() -> Mapping[str, Tensor]:
         made: dict[str, Tensor] = {}  # what processors of fused experts fill themselves
         for name in members:
-            given = file.read(name).numpy()
+            given = file.read(name, at).numpy()
             result = processor.process(
                 weights=given, name=name, tensor_key_mapping=names, parsed_parameters={"tensors": made}
             )

@@ -150,6 +150,10 @@ class Grams:
             self.sums[name].addmm_(rows.T, rows)
             self.tokens[name] += len(rows)
 
+    def seen(self, site: str) -> int:
+        """How many inputs of `site` there were, before its `gram` is taken."""
+        return self.tokens.get(self.leader.get(site, ""), 0)
+
     def gram(self, site: str) -> Tensor:
         """Mean of x x^T [in, in] fp32 over the inputs of `site`. QtuneError where no token reached it."""
         leader = self.leader.get(site)

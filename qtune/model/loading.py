@@ -24,12 +24,14 @@ from ..checkpoint import Piece, faults_error
 from ..errors import QtuneError
 from ..quant import Dense, Mixed, QuantEmbedding, QuantLinear, Scheme, Storage
 from . import names
+from .layerwise import decoder_layers
 from .skeleton import Origin, compute_buffers, dense_experts, dtypes_of, empty, linear_sizes, replace
 from .source import Source, open_source
 
 TRIM_BYTES = 64_000_000  # of checkpoint read between two calls of malloc_trim
 
 Progress = Callable[[str, int, int], None]
+Aside = Callable[[nn.Module], None]  # what becomes of a decoder layer when all of it is there
 
 
 class Packing:
@@ -50,6 +52,10 @@ class Packing:
     def filled(self, piece: Piece) -> None:
         """Called when all tensors of a piece are in the model."""
 
+    def notes(self) -> list[str]:
+        """What the user must know of it, after the last piece."""
+        return []
+
 
 def load(
     model: str | Path,
@@ -61,6 +67,7 @@ def load(
     progress: Progress | None = None,
     packing: Packing | None = None,
     kept: Path | None = None,
+    aside: Aside | None = None,
 ) -> PreTrainedModel:
     """A frozen transformers model in eval mode whose linear layers are QuantLinear; `model.qtune` is its Origin.
 
@@ -68,7 +75,8 @@ def load(
     kept as they are. scheme: how linear layers are packed; None takes what a packed folder holds. embeddings: a scheme
     for the input table and the output head, which otherwise stay in `dtype`. progress(name, done, total) counts pieces.
     packing: what becomes of each linear weight. kept: a run's folder, whose own codes (`base.safetensors`) take the
-    place of what packing the model would give. Raises QtuneError with all faults: missing, extra, mis-shaped or
+    place of what packing the model would give. aside: what becomes of each decoder layer once it is whole
+    (`qtune.memory`). Raises QtuneError with all faults: missing, extra, mis-shaped or
     non-finite tensors, damaged files, unknown architectures, pickles.
     """
     source = open_source(model)
@@ -87,10 +95,10 @@ def load(
     embeddings = embeddings or found.stored_embeddings
     assert scheme is not None
     packing = packing or Packing()
-    fill = prepare(skeleton, found, scheme, embeddings, dtype, device, packing)
+    fill = prepare(skeleton, found, scheme, embeddings, dtype, device, packing, aside)
     fill.all(packing.begin(skeleton, found.pieces, ties, fill.device), source.name, progress)
     finish(skeleton, ties, torch.device(device))
-    origin = Origin(source.name, scheme, embeddings, dtype, source.kind, source.notes + found.notes)
+    origin = Origin(source.name, scheme, embeddings, dtype, source.kind, source.notes + found.notes + packing.notes())
     _warn_of_experts(skeleton, origin)
     skeleton.qtune = origin  # type: ignore[assignment]
     _generation(skeleton, source)
@@ -105,11 +113,12 @@ def prepare(
     dtype: torch.dtype,
     device: torch.device | str,
     packing: Packing | None = None,
+    aside: Aside | None = None,
 ) -> Fill:
     """Replace the layers of an unpacked skeleton by packed ones, in place; returns what fills it, piece by piece."""
     plain = dtypes_of(skeleton, dtype)
     _swap(skeleton, found, scheme, embeddings, dtype)
-    return Fill(skeleton, plain, torch.device(device), packing or Packing())
+    return Fill(skeleton, plain, torch.device(device), packing or Packing(), aside)
 
 
 def _scheme_faults(found: names.Pieces, scheme: Storage | None, embeddings: Scheme | None) -> list[str]:
@@ -177,19 +186,29 @@ class Fill:
     """Fills the tensors of a skeleton, one piece at a time."""
 
     def __init__(
-        self, model: PreTrainedModel, dtypes: dict[str, torch.dtype], device: torch.device, packing: Packing
+        self,
+        model: PreTrainedModel,
+        dtypes: dict[str, torch.dtype],
+        device: torch.device,
+        packing: Packing,
+        aside: Aside | None = None,
     ) -> None:
-        self.model, self.dtypes, self.device, self.packing = model, dtypes, device, packing
+        self.model, self.dtypes, self.device, self.packing, self.aside = model, dtypes, device, packing, aside
+        self.stack = None if aside is None else decoder_layers(model)
+        self.left: dict[nn.Module, int] = {}  # pieces that each decoder layer waits for
 
     def all(self, pieces: list[Piece], name: str, progress: Progress | None) -> None:
         """Fill every piece; weights that cannot be packed are listed together at the end."""
         faults, read = [], 0
+        for layer in map(self._layer, pieces):
+            if layer is not None:
+                self.left[layer] = self.left.get(layer, 0) + 1
         for done, piece in enumerate(pieces):
             if progress is not None:
                 progress(next(iter(piece.targets)), done, len(pieces))
             try:
                 self.piece(piece)
-                self.packing.filled(piece)
+                self.filled(piece)
             except QtuneError as error:
                 faults.append(str(error))
             read += sum(2 * prod(shape) for shape in piece.targets.values())
@@ -200,6 +219,23 @@ class Fill:
             progress("", len(pieces), len(pieces))
         if faults:
             raise faults_error(f"cannot load {name}", faults)
+
+    def filled(self, piece: Piece) -> None:
+        """All tensors of a piece are there; a decoder layer that is whole may be put aside."""
+        self.packing.filled(piece)
+        layer = self._layer(piece)
+        if layer is not None and self.aside is not None:
+            self.left[layer] -= 1
+            if not self.left[layer]:
+                self.aside(layer)
+
+    def _layer(self, piece: Piece) -> nn.Module | None:
+        """The decoder layer that a piece belongs to."""
+        if self.stack is None:
+            return None
+        name, layers = self.stack
+        inside, _, rest = next(iter(piece.targets)).partition(name + ".")
+        return layers[int(rest.partition(".")[0])] if not inside and rest else None
 
     def piece(self, piece: Piece) -> None:
         """Read one piece and put its tensors where they belong."""
@@ -305,11 +341,10 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 
 def _warn_of_experts(model: PreTrainedModel, origin: Origin) -> None:
-    count, size = dense_experts(model)
-    if count and not isinstance(origin.scheme, Dense):
+    for kind, (count, size) in {} if isinstance(origin.scheme, Dense) else dense_experts(model).items():
         note = (
-            f"{count} fused expert weights, {size / 1e9:.3g} GB, stay dense in {origin.dtype}: "
-            f"{origin.scheme} packs 2-D layers only"
+            f"{count} fused expert weights of {kind}, {size / 1e9:.3g} GB, stay dense in {origin.dtype}: "
+            f"the class computes more than the products and the gate that {origin.scheme} can be put under"
         )
         origin.notes.append(note)
         warnings.warn(note, stacklevel=3)

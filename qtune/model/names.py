@@ -1,9 +1,9 @@
 """Which tensors of a checkpoint fill which tensors of the model: transformers' own renamings and conversions, applied
 piece by piece.
 
-safetensors: `conversion_mapping` (renamings; converters that merge or split tensors, such as fused experts). GGUF:
-transformers' name map and its tensor processors. Packed checkpoints: the parts of one weight form one piece. Shapes are
-known before anything is read.
+safetensors: `conversion_mapping` (renamings; converters that merge or split tensors). GGUF: transformers' name map and
+its tensor processors. Fused experts: a piece an expert, which the same conversions make of that expert's tensors alone.
+Packed checkpoints: the parts of one weight form one piece. Shapes are known before anything is read.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from .. import bnb
 from ..checkpoint import Piece, Pieces, Safetensors
 from ..errors import QtuneError
 from ..quant import Average, Dense, Mixed, Parts, Scheme
+from .experts import fused_shapes, library_state, part_of
 from .gguf_names import gguf_pieces
 from .skeleton import linear_sites
 from .source import Source, stored_scheme
 
+Member = tuple[str, str | None]  # a name in the file, and the pattern of a converter that takes it
+Convert = Callable[[Callable[[str], Tensor]], dict[str, Tensor]]  # how to read a name -> tensors of the model
 KEPT = "base"  # stem of the files in which a run keeps codes of its own
 
 
@@ -37,7 +40,7 @@ class _Shapes:
     """Stands for the model where transformers' conversions ask it for the shape of a parameter."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.config, self._state = model.config, model.state_dict()
+        self.config, self._state = model.config, library_state(model)
 
     def get_parameter(self, name: str) -> Tensor:
         return self._state[name]
@@ -50,10 +53,11 @@ def plan(source: Source, model: PreTrainedModel) -> Pieces:
     if source.gguf is not None:
         return gguf_pieces(source.gguf, model)
     files = Safetensors(source.path, source.stem)
-    found = _packed_pieces(files, model, source)
+    rename = _Names(model, own=bool(source.packed))
+    found = _packed_pieces(files, model, source, rename)
     used = {name for piece in found.pieces for name in piece.source.split(" + ")}
     rest = [name for name in files.entries if name not in used]
-    _plain_pieces(files, rest, model, found)
+    _plain_pieces(files, rest, rename, _Shapes(model), found)
     if source.kind == "qtune" and found.stored is None:
         found.faults.append("config.json says that it is packed, but no packed weight was found in it")
     found.pieces.sort(key=lambda piece: dot_natural_key(next(iter(piece.targets), "")))
@@ -64,62 +68,135 @@ def plan(source: Source, model: PreTrainedModel) -> Pieces:
 
 
 class _Names:
-    """A checkpoint's name -> the model's name, and the pattern of the converter that must run on it, if any."""
+    """A checkpoint's name -> transformers' name in the model, and the pattern of the converter that must run on it, if
+    any. own: the checkpoint is one of ours, which has a name for each expert's part of a fused weight."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, own: bool = False) -> None:
         transforms = get_model_conversion_mapping(model)
         self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self.by_pattern = {pattern: t for t in self.converters for pattern in t.source_patterns}
-        self.prefix, self.state = model.base_model_prefix, model.state_dict()
+        self.prefix, self.state, self.fused = model.base_model_prefix, library_state(model), fused_shapes(model)
+        state = model.state_dict() if own else {}
+        self.parts = {n: t for n, t in state.items() if n not in self.state}
+        self.state |= self.parts
 
     def __call__(self, name: str) -> tuple[str, str | None]:
+        if name in self.parts:
+            return name, None
         renamed, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.state)
         if renamed not in self.state and name in self.state:  # written under the model's own names
             renamed, pattern = rename_source_key(name, [], [], self.prefix, self.state)
         return renamed, pattern
 
 
-def _plain_pieces(files: Safetensors, names: Iterable[str], model: PreTrainedModel, found: Pieces) -> None:
-    rename, shapes = _Names(model), _Shapes(model)
-    merged: dict[str, list[tuple[str, str]]] = {}
+def _plain_pieces(files: Safetensors, names: Iterable[str], rename: _Names, shapes: _Shapes, found: Pieces) -> None:
+    merged: dict[str, list[Member]] = {}
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename(name)
         if target not in rename.state:
             found.extra.append(name)
-        elif pattern is None:
+        elif pattern is None and target not in rename.fused:
             found.pieces.append(Piece(name, {target: files.entries[name].shape}, _reader(files, name, target)))
         else:
             merged.setdefault(target, []).append((name, pattern))
     for target, members in merged.items():
-        convert = _converter(rename.by_pattern[members[0][1]], target, members, shapes)
+        template = None if members[0][1] is None else rename.by_pattern[members[0][1]]
+        make = partial(_converter, template, target, shapes)
         try:
-            meta = convert(
-                lambda name: torch.empty(files.entries[name].shape, dtype=files.entries[name].dtype, device="meta")
-            )
+            if target in rename.fused and _expert_pieces(files, target, members, make, rename.fused[target], found):
+                continue
+            meta = make(members)(partial(_like, files, None))
         except Exception as error:  # noqa: BLE001  an operation of transformers met shapes or counts that it does not expect
             found.faults.append(f"{target} cannot be made of {', '.join(name for name, _ in members)}: {error}")
             continue
         targets = {name: tuple(tensor.shape) for name, tensor in meta.items()}
-        found.pieces.append(Piece(" + ".join(name for name, _ in members), targets, _bind(convert, files.read)))
+        read = _bind(make(members), files.read)
+        if target in rename.fused:
+            shape = targets.pop(target)
+            targets |= {part_of(target, number): shape[1:] for number in range(shape[0])}
+            read = _apart(read, target)
+        found.pieces.append(Piece(" + ".join(name for name, _ in members), targets, read))
+
+
+def _expert_pieces(
+    files: Safetensors,
+    target: str,
+    members: list[Member],
+    make: Callable[[list[Member]], Convert],
+    shape: tuple[int, int, int],
+    found: Pieces,
+) -> bool:
+    """Add a piece for each expert of the fused weight `target` [E, out, in], where the conversion of one expert's
+    tensors alone, or of their slices, gives its matrix. Returns whether it does."""
+    sizes = {name: files.entries[name].shape for name, _ in members}
+    sliced = all(len(size) == 3 and size[0] == shape[0] for size in sizes.values())
+    groups: dict[int, list[Member]] = dict.fromkeys(range(shape[0]), members) if sliced else {}
+    for name, pattern in () if sliced else members:
+        numbers = re.findall(r"\.(\d+)\.", name)
+        if len(sizes[name]) != 2 or not numbers:
+            return False
+        groups.setdefault(int(numbers[-1]), []).append((name, pattern))
+    made: dict[Any, tuple[int, ...]] = {}  # what goes in -> the shape of what comes out
+    pieces = []
+    for number, mine in groups.items():
+        kind = tuple((pattern, sizes[name], files.entries[name].dtype) for name, pattern in mine)
+        at, names, part = number if sliced else None, [name for name, _ in mine], part_of(target, number)
+        if number >= shape[0]:
+            found.extra += names
+            continue
+        if kind not in made:
+            try:
+                made[kind] = tuple(make(mine)(partial(_like, files, at))[target].shape)
+            except Exception as error:  # noqa: BLE001  as above
+                found.faults.append(f"{part} cannot be made of {', '.join(names)}: {error}")
+                made[kind] = ()
+        if made[kind] and (len(made[kind]) != 3 or made[kind][0] != 1):
+            return False
+        if made[kind]:
+            read = _apart(_bind(make(mine), partial(_slice, files, at)), target, number)
+            pieces.append(Piece(" + ".join(names), {part: made[kind][1:]}, read))
+    found.pieces += pieces
+    return True
+
+
+def _slice(files: Safetensors, at: int | None, name: str) -> Tensor:
+    """A tensor of the files, or what lies at one place of its first dimension."""
+    return files.read(name) if at is None else files.read(name)[at : at + 1]
+
+
+def _like(files: Safetensors, at: int | None, name: str) -> Tensor:
+    """The same on meta: nothing is read."""
+    shape = files.entries[name].shape
+    return torch.empty(shape if at is None else (1, *shape[1:]), dtype=files.entries[name].dtype, device="meta")
+
+
+def _apart(read: Callable[[], dict[str, Tensor]], target: str, first: int = 0) -> Callable[[], dict[str, Tensor]]:
+    """Expert by expert: a fused weight that begins at expert `first`."""
+
+    def parts() -> dict[str, Tensor]:
+        made = read()
+        stack = made.pop(target)
+        return made | {part_of(target, first + i): tensor for i, tensor in enumerate(stack)}
+
+    return parts
 
 
 def _reader(files: Safetensors, name: str, target: str) -> Callable[[], Mapping[str, Tensor]]:
     return lambda: {target: files.read(name)}
 
 
-def _bind(
-    convert: Callable[[Callable[[str], Tensor]], dict[str, Tensor]], read: Callable[[str], Tensor]
-) -> Callable[[], dict[str, Tensor]]:
+def _bind(convert: Convert, read: Callable[[str], Tensor]) -> Callable[[], dict[str, Tensor]]:
     return lambda: convert(read)
 
 
-def _converter(
-    template: WeightConverter, target: str, members: list[tuple[str, str]], shapes: _Shapes
-) -> Callable[[Callable[[str], Tensor]], dict[str, Tensor]]:
-    """A function (how to read a name) -> {target: tensor}, which runs transformers' conversion of these members."""
+def _converter(template: WeightConverter | None, target: str, shapes: _Shapes, members: list[Member]) -> Convert:
+    """A function (how to read a name) -> {target: tensor}, which runs transformers' conversion of these members.
+    Without a template there is one member, which is the target as it is."""
 
     def convert(read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        if template is None:
+            return {target: read(members[0][0])}
         converter = copy.deepcopy(template)
         for name, pattern in members:
             converter.add_tensor(target, name, pattern, partial(read, name))  # type: ignore[arg-type]  # as transformers itself reads lazily
@@ -132,11 +209,10 @@ def _converter(
 # ---- packed safetensors ----
 
 
-def _packed_pieces(files: Safetensors, model: PreTrainedModel, source: Source) -> Pieces:
+def _packed_pieces(files: Safetensors, model: PreTrainedModel, source: Source, rename: _Names) -> Pieces:
     found = Pieces()
     if source.kind != "qtune":
         return found
-    rename = _Names(model)
     ends = {module: f"{name}.weight" for name, module in model.named_modules()}
     table, head = (ends.get(module, "") for module in (model.get_input_embeddings(), model.get_output_embeddings()))
     schemes: dict[Scheme, str] = {}
@@ -251,7 +327,7 @@ def _part_faults(files: Safetensors, weight: str, shape: tuple[int, ...], scheme
 
 def put_kept(found: Pieces, folder: Path, model: PreTrainedModel, scheme: Scheme | Mixed) -> None:
     """Let the codes that a run keeps take the place of the pieces that would pack the same weights."""
-    files, sites = Safetensors(folder, KEPT), linear_sites(model)
+    files, sites, kept = Safetensors(folder, KEPT), linear_sites(model), dict[str, Piece]()
     for weight, parts in _part_groups(files).items():
         site = weight.removesuffix(".weight")
         if site not in sites:
@@ -262,9 +338,9 @@ def put_kept(found: Pieces, folder: Path, model: PreTrainedModel, scheme: Scheme
         if faults := _part_faults(files, weight, shape, scheme.of(site)):
             found.faults += faults
             continue
-        found.pieces = [piece for piece in found.pieces if list(piece.targets) != [weight]]
         read = _own_reader(files, weight, parts)
-        found.pieces.append(Piece(weight, {weight: shape}, read, scheme=scheme.of(site), own=True))
+        kept[weight] = Piece(weight, {weight: shape}, read, scheme=scheme.of(site), own=True)
+    found.pieces = [piece for piece in found.pieces if not kept.keys() & piece.targets.keys()] + list(kept.values())
 
 
 def _own_reader(files: Safetensors, weight: str, parts: set[str]) -> Callable[[], Parts]:

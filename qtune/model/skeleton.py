@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import QtuneError
 from ..quant import QuantEmbedding, QuantLinear, Scheme, Storage
+from .experts import ExpertLinear, split, stacked
 
 
 @dataclass
@@ -35,10 +36,13 @@ class Origin:
     notes: list[str] = field(default_factory=list)
 
 
-def empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' causal model of `config` on the meta device, in `dtype`, not yet packed."""
+def empty(config: Any, dtype: torch.dtype, *, fused: bool = False) -> PreTrainedModel:
+    """transformers' causal model of `config` on the meta device, in `dtype`, not yet packed. fused: experts stay as
+    transformers has them."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    if not fused:
+        split(model)
     return model.eval().requires_grad_(False)
 
 
@@ -95,7 +99,7 @@ def compute_buffers(model: PreTrainedModel) -> None:
         module._buffers[name] = torch.full(buffer.shape, value, dtype=buffer.dtype, device="cpu")
         poisoned[full] = (module, name, value)
     for module in model.modules():
-        module._is_hf_initialized = False  # type: ignore[assignment]
+        module._is_hf_initialized = isinstance(module, nn.Linear)  # type: ignore[assignment]  # which has no buffers
     model.initialize_weights()
     missed = [full for full, (module, name, value) in poisoned.items() if _poisoned(module._buffers[name], value)]
     if missed:
@@ -124,7 +128,7 @@ def linear_sites(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D)
+        if type(module) in (nn.Linear, ExpertLinear, Conv1D)
         and module is not head
         and f"{name}.weight" not in tied
         and not (pattern and pattern.search(name))
@@ -161,9 +165,11 @@ def _linear(name: str, module: nn.Module, scheme: Scheme, dtype: torch.dtype) ->
     assert isinstance(module.weight, torch.Tensor)
     conv1d = isinstance(module, Conv1D)
     size_out, size_in = reversed(module.weight.shape) if conv1d else module.weight.shape
-    return QuantLinear(
+    layer = QuantLinear(
         size_in, size_out, scheme, bias=module.bias is not None, dtype=dtype, device="meta", name=name, conv1d=conv1d
     )
+    layer.routed = bool(getattr(module, "routed", False))
+    return layer
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
@@ -203,13 +209,11 @@ def _replace_embeddings(model: PreTrainedModel, scheme: Scheme, dtype: torch.dty
         _replace_head(model, scheme, dtype)
 
 
-def dense_experts(model: nn.Module) -> tuple[int, int]:
-    """Number and bytes of the fused expert weights (3-D parameters, convolutions aside), which no scheme packs yet."""
-    found = [
-        p
-        for module in model.modules()
-        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        for p in module.parameters(recurse=False)
-        if p.dim() == 3
-    ]
-    return len(found), sum(p.numel() * p.element_size() for p in found)
+def dense_experts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Class of fused experts that could not be split -> number and bytes of its weights, which no scheme packs."""
+    found: dict[str, tuple[int, int]] = {}
+    for module in model.modules():
+        for weight in stacked(module).values():
+            count, size = found.get(type(module).__name__, (0, 0))
+            found[type(module).__name__] = count + 1, size + weight.numel() * weight.element_size()
+    return found

@@ -12,7 +12,6 @@ Left out: products that unpack inside.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn.functional import pad
 
 from ..tables import NESTED_BLOCK, UNIT, dynamic8, levels, row_bytes
 from .packed import CHUNK, block_scales
-from .product import arena_product, product_like
+from .product import arena_product, arena_scratch, product_like, rows_of_blocks, serving
 from .registry import Scratch, op
 
 # ---- codes
@@ -250,13 +249,28 @@ def grouped_matmul(
 ) -> Tensor:
     """x [..., in] -> x W^T [..., out]; with `transpose` x [..., out] -> x W [..., in]. W is unpacked to x's dtype in
     the arena. inner [..., r] and factor [out, r] ([r, in]) add inner factor^T (inner factor)."""
-    parts = codes, scale, zero, nested_absmax, nested_offset, bits, group
-    return arena_product(grouped_unpack_into, parts, x, shape, transpose, inner, factor)
+    parts, groups = (codes, scale, zero, nested_absmax, nested_offset, bits, group), scale.shape[1]
+
+    def fill(first: int, last: int, w: Tensor) -> None:
+        tile = parts
+        if last - first < shape[0]:
+            nested, own = nested_absmax, None if zero is None else zero[first:last]
+            if nested is not None:
+                nested = nested[first * groups // NESTED_BLOCK : -(last * groups // -NESTED_BLOCK)]
+            tile = codes[first:last], scale[first:last], own, nested, nested_offset, bits, group
+        serving(grouped_unpack_into, w)(*tile, w)
+
+    return arena_product(fill, _whole_blocks(groups, nested_absmax), x, shape, transpose, inner, factor)
+
+
+def _whole_blocks(groups: int, nested_absmax: Tensor | None) -> int:
+    """Rows after which a block of quantized scales begins: a tile of W may begin there."""
+    return 1 if nested_absmax is None else rows_of_blocks(groups, NESTED_BLOCK)
 
 
 def _scratch(device_type: str, x: Tensor, *rest: Any) -> Scratch:
     """rest: the other arguments of `grouped_matmul`."""
-    return {f"arena {x.dtype}": prod(rest[7]) * x.element_size()}
+    return arena_scratch(device_type, x, rest[7], _whole_blocks(rest[1].shape[1], rest[3]), rest[8])
 
 
 @op(grouped_matmul, scratch=_scratch)

@@ -11,23 +11,13 @@ bitsandbytes 0.50 on CPU. Left out: products of quantized activations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..tables import NESTED_BLOCK, bounds, dynamic8, dynamic8_grid, pairs, table
-from .product import (
-    arena,
-    arena_product,
-    arena_turn,
-    product,
-    product_like,
-    product_scratch,
-    serving,
-    without_unpacking,
-)
+from .product import arena_product, product_like, product_scratch, rows_of_blocks, serving, without_unpacking
 from .registry import Scratch, op
 
 TINY = 1e-38  # bitsandbytes' floor for a block's absmax
@@ -204,12 +194,30 @@ def blockwise4_matmul(
     parts = codes, absmax, nested_absmax, nested_offset, kind, block
     if (y := without_unpacking("blockwise4_matmul", x, *parts, shape, transpose, inner, factor)) is not None:
         return y
-    return arena_product(blockwise4_unpack_into, parts, x, shape, transpose, inner, factor)
+    both = block * NESTED_BLOCK
+
+    def fill(first: int, last: int, w: Tensor) -> None:
+        start, end, tile = first * shape[1], last * shape[1], parts
+        if last - first < shape[0]:
+            nested = None if nested_absmax is None else nested_absmax[start // both : -(end // -both)]
+            scales = absmax[start // block : -(end // -block)]
+            tile = codes[start // 2 : (end + 1) // 2], scales, nested, nested_offset, kind, block
+        serving(blockwise4_unpack_into, w)(*tile, w)
+
+    step = _whole_blocks(shape[1], block, nested_absmax)
+    return arena_product(fill, step, x, shape, transpose, inner, factor)
+
+
+def _whole_blocks(width: int, block: int, nested_absmax: Tensor | None) -> int:
+    """Rows after which a block of codes begins, and of scales, if they are quantized: a tile of W may begin there."""
+    return rows_of_blocks(width, block * (1 if nested_absmax is None else NESTED_BLOCK))
 
 
 def _blockwise4_scratch(device_type: str, x: Tensor, *rest: Any) -> Scratch:
     """rest: the other arguments of `blockwise4_matmul`."""
-    return product_scratch("blockwise4_matmul", device_type, prod(rest[6]), x, *rest)
+    nested_absmax, block, shape, transpose = rest[2], *rest[5:8]
+    step = _whole_blocks(shape[1], block, nested_absmax)
+    return product_scratch("blockwise4_matmul", device_type, shape, step, transpose, x, *rest)
 
 
 @op(blockwise4_matmul, scratch=_blockwise4_scratch)
@@ -297,22 +305,22 @@ def int8_matmul(x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool) -> Te
     if (y := without_unpacking("int8_matmul", x, codes, absmax, transpose)) is not None:
         return y
     scaled, scale = x.dtype == torch.float16, serving(int8_scale_into, x)
-    with arena_turn(x.device):
-        w = arena(codes.numel(), x.dtype, x.device).view(codes.shape)
-        serving(int8_unpack_into, w)(codes, absmax if scaled else None, w)
-        if scaled:
-            return product(x, w, transpose)
-        if transpose:
-            scaled_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            scale(x, absmax, scaled_x)
-            return scaled_x @ w
-        y = torch.nn.functional.linear(x, w)
+
+    def fill(first: int, last: int, w: Tensor) -> None:
+        serving(int8_unpack_into, w)(codes[first:last], absmax[first:last] if scaled else None, w)
+
+    if transpose and not scaled:
+        scaled_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        scale(x, absmax, scaled_x)
+        x = scaled_x
+    y = arena_product(fill, 1, x, codes.shape, transpose)
+    if not transpose and not scaled:
         scale(y, absmax, y)
-        return y
+    return y
 
 
 def _int8_scratch(device_type: str, x: Tensor, codes: Tensor, absmax: Tensor, transpose: bool) -> Scratch:
-    taken = product_scratch("int8_matmul", device_type, codes.numel(), x, codes, absmax, transpose)
+    taken = product_scratch("int8_matmul", device_type, codes.shape, 1, transpose, x, codes, absmax, transpose)
     scaled = x.numel() * x.element_size() if transpose and x.dtype != torch.float16 else 0
     return {**taken, "temporary": taken.get("temporary", 0) + scaled}
 

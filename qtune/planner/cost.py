@@ -1,7 +1,8 @@
 """Costs: what the ops of a trace compute and move, for the time estimate; by segment, class of op and dtype.
 
 A multiply-add counts 2. Bytes are those of all tensors that an op reads and writes; what is expanded counts once. A
-product with a packed weight also counts, as `unpack`, the dense copy that is written and read again.
+product with a packed weight also counts, as `unpack`, the dense copy that is written and read again. Copies between
+host and device are a class of their own, LINK, whose bytes go over the bus once.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ..memory import place_of
+
 FREE = {
     f"aten::{name}" for name in ("_unsafe_view", "empty", "empty_like", "new_empty", "detach", "_local_scalar_dense")
 }
 Key = tuple[int, str, str]  # segment, class, dtype
 Made = Sequence[Tensor]
+LINK = "copies between host and device"
+WAITS = "host memory"
 JOINED = -1  # the segment of what was traced apart: forward and backward of a step's micro-batches
 
 
@@ -35,6 +40,9 @@ class Costs:
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
         if not (tensors or made):
             return
+        if name == "aten::copy_" and isinstance(args[1], Tensor) and place_of(args[0]) != place_of(args[1]):
+            self._count((segment, LINK, str(args[0].dtype).removeprefix("torch.")), 0, made[0].nbytes)
+            return
         kind, flops = FLOPS.get(name, (_kind(name), None))
         dtype = str((made or tensors)[0].dtype).removeprefix("torch.")
         nbytes = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*tensors, *made))
@@ -42,6 +50,15 @@ class Costs:
         if name in UNPACKED:
             dense = UNPACKED[name](args) * args[0].element_size()
             self._count((segment, "unpack", dtype), 0, 2 * dense)
+
+    def wait(self, segment: int, nbytes: int) -> None:
+        """A tensor in host memory, beside the device."""
+        self._count((segment, WAITS, ""), 0, nbytes, 0)
+
+    def waiting(self) -> int:
+        """Bytes of all such tensors; they are no costs of a step, so they are taken out."""
+        keys = [key for key in self.rows if key[1] == WAITS]
+        return sum(self.rows.pop(key)[1] for key in keys)
 
     def join(self, other: Costs) -> None:
         """Add another trace's costs, all to the segment JOINED."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import QtuneError, one_of
+from ..memory.cuda import workspace_bytes, workspace_config, workspace_set
 from ..screen import size
 from ..units import parse_size
 
@@ -54,7 +55,6 @@ class Device:
 
 # ---- what a process takes
 
-SHORT, LONG = 4096 * 1024 * 2 + 16 * 1024 * 8, 32 * MIB
 # What one torch process held beside its allocator, MiB: in use - allocated - reserved of an out-of-memory message
 # (two decimals of a GiB: +-15 MiB), or measured by the source. With lazy module loading, the default since CUDA 11.7.
 MEASURED: dict[str, tuple[float, str]] = {
@@ -92,23 +92,22 @@ def context_of(key: str, capability: Capability, sms: int) -> tuple[int, str]:
 
 
 def workspace_of(capability: Capability) -> int:
-    """Bytes of one cuBLAS workspace: 32 MiB on Hopper and Blackwell, else :4096:2:16:8.
-
-    PyTorch, aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize. Blackwell has 32 MiB since PR 175344
-    (February 2026) and took the short one before. CUBLAS_WORKSPACE_CONFIG overrides it and is not looked at.
-    """
-    return LONG if capability[0] in (9, 10, 12) else SHORT
+    """Bytes of one cuBLAS workspace, as a run sets it (`memory.cuda`), which is torch's default since PR 175344
+    (February 2026); before, torch took the short one on Blackwell."""
+    return workspace_bytes(workspace_config(capability)) or 0
 
 
 def workspaces(device: Device, threads: int = 2) -> int:
-    """Bytes of cuBLAS workspaces in the caching allocator, where they stay.
+    """Bytes of cuBLAS workspaces in the caching allocator, where they stay. CUBLAS_WORKSPACE_CONFIG overrides the
+    card's.
 
     A thread that multiplies has its own handle, and there is one workspace a handle and stream: training has two
     threads, the caller's and autograd's for the device (which also recomputes); without a backward there is one.
     cuBLASLt uses the same buffer (unified workspaces, PRs 168175 and 175879); torch 2.10 keeps 1 MiB more a handle
     for the Lt products, those with a bias.
     """
-    return threads * device.workspace
+    given = workspace_set() if device.kind == "cuda" else None
+    return threads * (device.workspace if given is None else given)
 
 
 # ---- the catalogue

@@ -1,42 +1,26 @@
-"""The knobs of a recipe: which of them make it fit, and what each of them costs.
+"""Which knobs of a recipe make it fit, and what each of them is worth.
 
 The ladder is climbed in the order of KNOBS, what costs the user least first; each rung keeps what the ones below it
 changed. Of a knob with several values the mildest that fits is taken, and in the end every change without which the
 recipe fits as well is taken back. What changes what is learned (length, rank) is touched only if nothing else helps.
-Left out: the loss's chunk and the head, which are no keys of a recipe; streaming and offload.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..adapters import METHODS
 from ..errors import QtuneError
-from ..quant import Average, Mixed, Storage, scheme_from
 from ..recipe import Recipe
 from ..screen import Screen, size
 from ..starting import wants
 from .devices import Device
+from .knobs import KNOBS, LAST, Change, Knob, Level, both_ways, embeddings
 from .phases import load_phase
 from .plan import Plan, Shape
-from .request import Request, request_of, scheme_tree, with_phases
-
-Change = dict[str, Any]  # recipe key -> value
-FOUR_BITS = ("nf4", "fp4")
-LOW_BITS = ("int3", "int2")  # the groups of whole steps, which QWHA's authors start from
-LENGTH_FLOOR, RANK_FLOOR = 256, 4  # --fit goes no lower: below, a run is another task than the one asked for
-
-
-@dataclass(frozen=True)
-class Level:
-    """One value of a knob. words: the change as a person reads it; cost: what the user pays for it."""
-
-    change: Change
-    words: str
-    cost: str
+from .request import Lengths, Request, request_of, with_phases
 
 
 @dataclass(frozen=True)
@@ -75,98 +59,6 @@ class Row:
     difference: int
 
 
-# ---- the knobs
-
-
-def _checkpointing(recipe: Recipe, shape: Shape) -> Iterator[Level]:
-    if not recipe.train.checkpointing:
-        yield Level({"train.checkpointing": True}, "checkpointing on", "a second forward pass")
-
-
-def _optimizer(recipe: Recipe, shape: Shape) -> Iterator[Level]:
-    if recipe.train.optimizer == "adamw":
-        yield Level({"train.optimizer": "adamw8"}, "optimizer adamw8", "8-bit states")
-
-
-def _micro_batch(recipe: Recipe, shape: Shape) -> Iterator[Level]:
-    rows, times = recipe.train.micro_batch, recipe.train.accumulate
-    for fewer in range(rows - 1, 0, -1):
-        if rows % fewer == 0:  # the same examples in each step
-            more = times * rows // fewer
-            change = {"train.micro_batch": fewer, "train.accumulate": more}
-            yield Level(change, f"micro-batch {fewer}, accumulate {more}", "smaller products")
-
-
-def _embeddings(recipe: Recipe, shape: Shape) -> Iterator[Level]:
-    held = recipe.embeddings.name if recipe.embeddings else None
-    if held is None:
-        yield Level({"scheme.embeddings": "int8"}, "embeddings in int8", "rounded to 8 bits")
-    if held not in FOUR_BITS:
-        yield Level({"scheme.embeddings": "nf4"}, "embeddings in nf4", "rounded to 4 bits")
-
-
-def _samples(recipe: Recipe, shape: Shape) -> Iterator[Level]:
-    """Too few for the widest layer are refused when they are planned."""
-    samples = recipe.calibrate.samples if wants(recipe.adapter, recipe.calibrate.codes) else 0
-    while (samples := samples // 2) >= 1:
-        words = f"{samples} calibration window{'s' * (samples > 1)}"
-        yield Level({"calibrate.samples": samples}, words, "starts from less text")
-
-
-def _scheme(recipe: Recipe, shape: Shape) -> Iterator[Level]:
-    if _bits(recipe.scheme) > scheme_from("nf4").code_bits:
-        yield _stored(recipe, "nf4")
-
-
-def _low_bits(recipe: Recipe, shape: Shape) -> Iterator[Level]:
-    for name in LOW_BITS:
-        if _bits(recipe.scheme) > scheme_from(name).code_bits:
-            yield _stored(recipe, name)
-
-
-def _stored(recipe: Recipe, name: str) -> Level:
-    """All layers under one scheme. At few bits the start decides: where it is the identity, others are named."""
-    bits = scheme_from(name).code_bits
-    cost = "not rounded" if name == "dense" else f"rounded to {bits:g} bits"
-    if name in LOW_BITS and METHODS[recipe.adapter.method].bound is None:
-        cost += "; better with adapter.method=qwha or cloq"
-    return Level({"scheme": scheme_tree(recipe, name)}, f"scheme {name}", cost)
-
-
-def _bits(scheme: Storage) -> float:
-    """Bits of a code, where schemes are mixed the most that a layer has."""
-    if isinstance(scheme, Average):
-        return scheme.bits
-    if isinstance(scheme, Mixed):
-        return max(one.code_bits for one in (scheme.default, *(one for _, one in scheme.rules)))
-    return scheme.code_bits
-
-
-def _length(recipe: Recipe, shape: Shape) -> Iterator[Level]:
-    length = recipe.data.max_length
-    while (length := length // 2) >= LENGTH_FLOOR:
-        if length < shape.length:
-            change = {"data.max_length": length}
-            yield Level(change, f"max_length {length:,}", "examples are cut")
-
-
-def _rank(recipe: Recipe, shape: Shape) -> Iterator[Level]:
-    options = recipe.adapter.options
-    rank = options.get("rank", 0)
-    while (rank := rank // 2) >= RANK_FLOOR:
-        change = {"adapter.rank": rank}
-        if "alpha" in options:  # the update is scaled by alpha / rank: that stays
-            change["adapter.alpha"] = options["alpha"] * rank / options["rank"]
-        yield Level(change, f"rank {rank}", "learns less")
-
-
-Knob = Callable[[Recipe, Shape], Iterator[Level]]
-KNOBS: tuple[Knob, ...] = (
-    _checkpointing, _optimizer, _micro_batch, _samples, _embeddings, _scheme, _low_bits, _length, _rank
-)  # fmt: skip
-LAST = (_low_bits, _length, _rank)  # they change what is learned, or how well
-
-
 # ---- the search
 
 
@@ -181,6 +73,10 @@ class Search:
     def recipe(self, change: Change) -> Recipe:
         """The request's recipe with a change."""
         return self.request.recipe.with_(change) if change else self.request.recipe
+
+    def levels(self, knob: Knob, recipe: Recipe) -> list[Level]:
+        """A knob's values beside the recipe's, the mildest first."""
+        return list(knob(recipe, self.request.shape(recipe), self.request.device.kind))
 
     def plan(self, change: Change) -> Plan:
         """Raises QtuneError where the changed recipe cannot be built."""
@@ -238,11 +134,11 @@ def _hopeless(search: Search) -> Rung | None:
     save (they are unpacked to be multiplied), so it is tried without them as well."""
     start = search.plan({})
     tried = []
-    for left_out in ((), (_embeddings,)):
+    for left_out in ((), (embeddings,)):
         change: Change = {}
         for knob in KNOBS:
             recipe = search.recipe(change)
-            levels = [] if knob in left_out else list(knob(recipe, search.request.shape(recipe)))
+            levels = [] if knob in left_out else search.levels(knob, recipe)
             change |= levels[-1].change if levels else {}
         level = Level(change, "everything at its smallest", " ".join(shown(change)))
         rung = _rung(search, level, {}, start)
@@ -260,7 +156,7 @@ def _climb(search: Search, knob: Knob, rungs: Sequence[Rung], at: Plan) -> Rung 
     """The mildest level of a knob that fits, else its strongest that can be built; None where it has none."""
     below = _joined(rungs)
     recipe = search.recipe(below)
-    levels = list(knob(recipe, search.request.shape(recipe)))
+    levels = search.levels(knob, recipe)
     strongest = None
     while levels and strongest is None:
         strongest = _rung(search, levels[-1], below, at)
@@ -320,45 +216,10 @@ def _text(value: Any) -> str:
 # ---- one knob at a time
 
 
-def _both_ways(request: Request) -> Iterator[Level]:
-    """Every knob alone, up and down, from the recipe as it is."""
-    recipe, keys = request.recipe, request.recipe.train
-    for knob in (_checkpointing, _optimizer, _scheme, _low_bits):
-        yield from knob(recipe, request.shape())
-    for few in (_micro_batch, _samples, _length, _rank):  # one level down is enough to see what a knob does
-        yield from list(few(recipe, request.shape()))[:1]
-    yield from _embeddings(recipe, request.shape())
-    if keys.checkpointing:
-        yield Level({"train.checkpointing": False}, "checkpointing off", "faster")
-    if keys.optimizer == "adamw8":
-        yield Level({"train.optimizer": "adamw"}, "optimizer adamw", "fp32 states and masters")
-    elif keys.master_weights and recipe.dtype == "bfloat16":
-        yield Level({"train.master_weights": False}, "no master weights", "small updates are lost")
-    if recipe.embeddings is not None:
-        yield Level({"scheme.embeddings": None}, "embeddings dense", "not rounded")
-    for name in ("nf4", "int8", "dense"):
-        if recipe.scheme.name != name and (name != "nf4" or _bits(recipe.scheme) < scheme_from(name).code_bits):
-            yield _stored(recipe, name)
-    if recipe.calibrate.codes != "nearest":
-        yield Level({"calibrate.codes": "nearest"}, "codes nearest", "rounded without regard to the inputs")
-    yield Level({"train.micro_batch": 2 * keys.micro_batch}, f"micro-batch {2 * keys.micro_batch}", "larger products")
-    longer = 2 * recipe.data.max_length
-    if request.lengths is None and longer <= positions(request):
-        yield Level({"data.max_length": longer}, f"max_length {longer:,}", "fewer examples are cut")
-    if rank := recipe.adapter.options.get("rank"):
-        yield Level({"adapter.rank": 2 * rank}, f"rank {2 * rank}", "learns more")
-
-
-def positions(request: Request) -> int:
-    """The longest sequence that the model takes."""
-    limit = getattr(request.model.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else 2**30
-
-
 def explain(request: Request, screen: Screen | None = None) -> tuple[Plan, list[Row]]:
     """The recipe's plan, and one row for each knob changed alone, the largest saving first."""
     search = Search(request)
-    levels = list(_both_ways(request))
+    levels = list(both_ways(request))
     rows = []
     with (screen or Screen(quiet=True)).bar("planning", len(levels) + 1) as advance:
         start = search.plan({})
@@ -377,11 +238,11 @@ def explain(request: Request, screen: Screen | None = None) -> tuple[Plan, list[
 
 
 def refuse_beyond(
-    recipe: Recipe, budget: int, device: Device, *, shape: Shape | None = None, screen: Screen | None = None
+    recipe: Recipe, budget: int, device: Device, *, shape: Shape | Lengths | None = None, screen: Screen | None = None
 ) -> Plan:
     """The plan of a recipe that stays within `budget` bytes on a device.
 
-    shape: the largest micro-batch of the data, where it is known. Raises QtuneError with the planned peak, the budget
+    shape: the largest micro-batch or the lengths of the data. Raises QtuneError with the planned peak, the budget
     and the smallest change that fits.
     """
     request = request_of(recipe, device, budget, shape)

@@ -115,7 +115,7 @@ def hf_model(config: Any, settings: HFSettings) -> Any:
     config = type(config).from_dict(config.to_dict())
     config.use_cache, config._attn_implementation = settings.cached, "eager"
     kbit = settings.scheme in KBIT
-    model = empty(config, DTYPES[settings.compute if kbit else settings.scheme])
+    model = empty(config, DTYPES[settings.compute if kbit else settings.scheme], fused=True)
     if settings.attention == "sdpa" and (model._supports_sdpa or settings.release == "published"):
         model.config._attn_implementation = "sdpa"
         for module in model.modules():  # Gemma 2: 5.0 left it out under sdpa, 5.23 has no sdpa for it

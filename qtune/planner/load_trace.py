@@ -8,6 +8,7 @@ buffers.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Piece
+from ..memory import DEVICE, DISK, HOST
+from ..model.layerwise import decoder_layers
 from ..model.loading import Fill, Packing, prepare
 from ..model.skeleton import empty
 from ..quant import QuantLinear
@@ -38,7 +41,7 @@ WINDOWS = 2  # that are traced
 class Loading:
     """The loader's births and releases. host: bytes in host memory beside them; published: bytes of the checkpoint in
     bf16; kept: bytes of the codes that are the run's own, of `layers` layers; threads: that multiply; note: what
-    decides the peak."""
+    decides the peak; disk: bytes of weights that are streamed from a file."""
 
     timeline: Timeline
     host: int
@@ -47,6 +50,7 @@ class Loading:
     layers: int
     threads: int
     note: str
+    disk: int
 
 
 def tracer_of(plan: Plan, devices: tuple[str, ...] | None = None, answer: Any = None) -> Tracer:
@@ -68,18 +72,22 @@ def loading_of(plan: Plan) -> Loading:
     fill: Fill
     read = MetaFile(
         torch.float32 if gguf else _stored(config), fresh=gguf, on_device=plan.device.kind == "cpu",
-        packed=lambda name: fill.site(name) is not None,
+        site=lambda name: fill.site(name),
     )  # fmt: skip
     found = published(skeleton, read)
+    on_cpu = plan.device.kind == "cpu"
     packing, note = _packing(recipe)
     fill = prepare(skeleton, found, recipe.scheme, recipe.embeddings, dtype, META, packing)
-    filling = _Filling(plan, fill, packing)
+    on_disk = recipe.memory.weights == DISK
+    there = (DEVICE, HOST) if on_cpu else (DEVICE,)
+    filling = _Filling(plan, fill, packing, waits=recipe.memory.weights not in there)
     with without_collector(), torch.no_grad(), on_meta(plan.device):
         filling.all(packing.begin(skeleton, found.pieces, {}, META))  # ties: tensors are there once as it is
     nbytes = sum(2 * prod(shape) for piece in found.pieces for shape in piece.targets.values())
     return Loading(
-        filling.timeline, read.host + filling.text + filling.host, nbytes, filling.kept, filling.layers,
-        threads=int(isinstance(packing, Starting)), note=note,
+        filling.timeline, read.host + filling.text + filling.host + (0 if on_disk else filling.aside), nbytes,
+        filling.kept, filling.layers, threads=int(isinstance(packing, Starting)), note=note,
+        disk=filling.aside if on_disk else 0,
     )  # fmt: skip
 
 
@@ -105,12 +113,13 @@ def _packing(recipe: Recipe) -> tuple[Packing, str]:
 @dataclass(frozen=True)
 class _Seen:
     """What one of a kind did. first: the first event of its own; before, after: the blocks of the text's hidden states;
-    kept: bytes of codes that are the run's own, of `layers` layers."""
+    packed: those of packed weights; kept: bytes of codes that are the run's own, of `layers` layers."""
 
     trace: Trace
     first: int
     before: list[int]
     after: list[int]
+    packed: list[int]
     kept: int
     layers: int
 
@@ -118,17 +127,21 @@ class _Seen:
 class _Filling:
     """Puts the traces of pieces, and of decoder layers, together."""
 
-    def __init__(self, plan: Plan, fill: Fill, packing: Packing) -> None:
-        self.plan, self.fill = plan, fill
+    def __init__(self, plan: Plan, fill: Fill, packing: Packing, waits: bool) -> None:
+        """waits: a decoder layer's packed weights are put aside once the layer is whole."""
+        self.plan, self.fill, self.waits = plan, fill, waits
+        self.waiting: dict[int, list[int]] = {}  # decoder layer -> the timeline's blocks of its packed weights
         self.packing = packing if isinstance(packing, Starting) else None
         self.timeline, self.seen = Timeline(), dict[Any, _Seen]()
         self.states: list[int] = []  # the timeline's blocks of the text's hidden states
-        self.text = self.host = self.kept = self.layers = 0
+        self.text = self.host = self.kept = self.layers = self.aside = 0
+        self.stack = decoder_layers(fill.model)[0] if waits else "\n"  # no name begins so
 
     def all(self, pieces: list[Piece]) -> None:
         """Every piece, in this order; layers that take their turns as a whole."""
         if self.packing is not None and self.packing.windows is not None:
             self._text(self.packing, self.packing.windows)
+        self.left = Counter(map(self._layer_of, pieces))
         for index, group in groupby(pieces, self._turn):
             if index is not None:
                 self._one(self._kind_of_layer(index), list(group), self._layers()[index])
@@ -151,7 +164,7 @@ class _Filling:
 
     def _turn(self, piece: Piece) -> int | None:
         """The decoder layer of a piece, where layers take their turns."""
-        match = self.packing.layer_of[piece.source] if self.packing is not None and self.packing.data else None
+        match = self.packing.turn(piece) if self.packing is not None and self.packing.data else None
         return int(match[1]) if match else None
 
     def _kind(self, piece: Piece) -> Any:
@@ -176,6 +189,23 @@ class _Filling:
         if one.after:
             self.states = [moved[block] for block in one.after]
         self.kept, self.layers = self.kept + one.kept, self.layers + one.layers
+        self._put_aside(pieces, [moved[block] for block in one.packed])
+
+    def _put_aside(self, pieces: list[Piece], packed: list[int]) -> None:
+        index = self._layer_of(pieces[0])
+        if index is None:
+            return
+        self.waiting.setdefault(index, []).extend(packed)
+        self.left[index] -= len(pieces)
+        if self.waits and not self.left[index]:
+            blocks = self.waiting.pop(index)
+            self.aside += sum(self.timeline.sizes[block] for block in blocks)
+            self.timeline.gone(blocks)
+
+    def _layer_of(self, piece: Piece) -> int | None:
+        """The decoder layer that a piece belongs to."""
+        inside, _, rest = next(iter(piece.targets)).partition(f"{self.stack}.")
+        return int(rest.partition(".")[0]) if not inside and rest else None
 
     def _traced(self, pieces: list[Piece], module: nn.Module, text: bool) -> _Seen:
         tracer = tracer_of(self.plan, answer=answers_of_weights())
@@ -190,8 +220,11 @@ class _Filling:
         trace = tracer.stop()
         if after != before:
             trace.sizes[after[0]] *= self._windows()[0]
-        own = [m for m in module.modules() if isinstance(m, QuantLinear) and m.own]
-        return _Seen(trace, first, before, after, sum(_nbytes(p) for m in own for p in m.parts.values()), len(own))
+        linears = [m for m in module.modules() if isinstance(m, QuantLinear)]
+        packed = [block for m in linears if (block := tracer.block(m.packed)) is not None]
+        own = [m for m in linears if m.own]
+        kept = sum(_nbytes(p) for m in own for p in m.parts.values())
+        return _Seen(trace, first, before, after, packed, kept, len(own))
 
     def _windows(self) -> list[int]:
         """How many windows each of the traced ones stands for."""

@@ -24,12 +24,16 @@ import torch.profiler
 
 from ..adapters import adapt
 from ..errors import QtuneError
+from ..loss import loss_options
+from ..memory.cuda import settle
+from ..memory.layers import device_of
 from ..model.loading import finish, load, prepare, ties_of
 from ..model.skeleton import Origin, compute_buffers, empty
 from ..model.source import looks_like_hub_id
 from ..optim import optimizer_of
 from ..quant.scheme import DTYPES
 from ..recipe import Recipe
+from ..runs import folder_of
 from ..screen import Screen, size
 from ..starting import start, wants
 from ..step import LanguageModel, TrainStep
@@ -81,9 +85,9 @@ def measure(recipe: Recipe, device: Device, shape: Shape | None, screen: Screen)
     """
     _here(device)
     plan = plan_recipe(recipe, device, shape=shape)
-    if plan.process > min(device.memory, _free(device)):
+    if plan.process > min(device.memory, free_memory(device)):
         raise QtuneError(
-            f"the plan is {size(plan.process)}, and {plan.device.name} has {size(_free(device))} free: "
+            f"the plan is {size(plan.process)}, and {plan.device.name} has {size(free_memory(device))} free: "
             "it was not run. Make the recipe smaller (`--fit` says how), or plan without measuring"
         )
     screen.line(f"measuring {STEPS} steps of {plan.shape.rows} x {plan.shape.length} tokens in a process of its own")
@@ -117,7 +121,7 @@ def _here(device: Device) -> None:
         )
 
 
-def _free(device: Device) -> int:
+def free_memory(device: Device) -> int:
     """Bytes that are free on this machine now; the device's memory where the system does not tell."""
     if device.kind == "cuda":
         return int(torch.cuda.mem_get_info()[0])
@@ -161,6 +165,7 @@ def child() -> None:
 def _measured(task: dict[str, Any]) -> dict[str, Any]:
     recipe = Recipe.load(task["recipe"], training=False)
     shape, device = Shape(**task["shape"]), torch.device(task["device"])
+    settle(device)
     warm(task["threads"])
     with watched(device) as loading:
         model, weights = started(recipe, device)
@@ -247,11 +252,11 @@ def batch_of(shape: Shape, vocabulary: int, device: torch.device) -> MetaBatch:
 
 def _steps(model: Any, recipe: Recipe, batches: Sequence[Any]) -> None:
     """The trainer's own steps; nothing of them is left but what the allocator keeps."""
-    language = LanguageModel(model)
+    language = LanguageModel(model, loss_options(recipe.train, recipe.memory, device_of(model).type))
     language.choose_attention(batches[0].input_ids.shape[1])
-    language.checkpointing(recipe.train.checkpointing)
+    language.arrange(recipe.train, recipe.memory, folder_of(recipe))
     model.train()
-    step = TrainStep(language, optimizer_of(model, recipe.train), clip=recipe.train.clip)
+    step = TrainStep(language, optimizer_of(model, recipe.train, recipe.memory), clip=recipe.train.clip)
     for number in range(1, STEPS + 1):
         step(batches, number, STEPS, 1.0)
 
@@ -297,7 +302,7 @@ def _profiled(model: Any, recipe: Recipe, batches: Sequence[Any]) -> int:
 def _traced(model: Any, recipe: Recipe, batches: Sequence[Any]) -> int:
     from .devices import find_device
 
-    return step_trace(model, recipe.train, batches, find_device("cpu"))[0].peak()[0]
+    return step_trace(model, recipe.train, batches, find_device("cpu"), memory=recipe.memory)[0].peak()[0]
 
 
 def _cuda() -> dict[str, int]:

@@ -22,6 +22,7 @@ from ..adapters import METHODS, adapted_sites
 from ..adapters.files import FORMAT, adapter_tensors
 from ..checkpoint import NAMES, Entry
 from ..export import PROMPT_TOKENS, PROMPTS, merged_entries
+from ..memory import DEVICE, HOST, place_of
 from ..verify import in_dtype
 from .allocator import peak_allocated
 from .layers import cut, pattern
@@ -29,7 +30,7 @@ from .load_trace import Loading, loading_of, streams, tracer_of
 from .plan import Phase, Plan, maker
 from .runtime import host_runtime, process_bytes
 from .standins import answers, answers_of_weights, on_meta
-from .step_trace import MetaBatch, language_of
+from .step_trace import MetaBatch, language_of, place, slots_of
 from .timeline import Timeline
 from .trace import Trace, without_collector
 
@@ -40,6 +41,7 @@ MERGED = torch.bfloat16  # the dtype that `qtune merge` writes where it is not t
 def phases_of(plan: Plan) -> tuple[Phase, ...]:
     """Every phase of the plan's job, in order of time."""
     model = maker(plan.model, plan.recipe)()
+    place(model, plan.recipe.memory, plan.device)
     loading = loading_of(plan)
     start = () if streams(plan.recipe) else (start_phase(plan, model),)  # else it is a part of loading
     save, merging = save_phase(plan, model, loading), Merging(plan, model)
@@ -69,13 +71,14 @@ def load_phase(plan: Plan, loading: Loading | None = None) -> Phase:
     meanwhile."""
     loading = loading or loading_of(plan)
     device, host = loading.timeline.peak(plan.device, loading.threads), _host(plan, loading.host)
-    return Phase(STREAMED if streams(plan.recipe) else "load and quantize", device, host, 0, loading.note)
+    name = STREAMED if streams(plan.recipe) else "load and quantize"
+    return Phase(name, device, host, loading.disk, loading.note)
 
 
 def start_phase(plan: Plan, whole: nn.Module) -> Phase:
     """Adapter start: first values, drawn on the CPU."""
     timeline, drawn = Timeline(), Timeline()
-    for parameter in _unique(whole):
+    for parameter in _unique(plan, whole):
         timeline.born(_nbytes(parameter))
     traced: dict[Any, tuple[tuple[Trace, int], tuple[Trace, int]]] = {}
     with without_collector(), torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -91,7 +94,7 @@ def start_phase(plan: Plan, whole: nn.Module) -> Phase:
 
 def _reset(plan: Plan, site: Any, devices: tuple[str, ...] | None) -> tuple[Trace, int]:
     tracer = tracer_of(plan, devices)
-    for tensor in _unique(site):
+    for tensor in _unique(plan, site):
         tracer.adopt(tensor, "weights")
     first = len(tracer.trace.events)
     with tracer:
@@ -99,8 +102,10 @@ def _reset(plan: Plan, site: Any, devices: tuple[str, ...] | None) -> tuple[Trac
     return tracer.stop(), first
 
 
-def _unique(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def _unique(plan: Plan, model: nn.Module) -> list[Tensor]:
+    """What of a model lies in the device's memory."""
+    there = (DEVICE, HOST) if plan.device.kind == "cpu" else (DEVICE,)
+    return [t for t in (*model.parameters(), *model.buffers(), *slots_of(model)) if place_of(t) in there]
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -112,7 +117,8 @@ def _nbytes(tensor: Tensor) -> int:
 
 def _train_phase(plan: Plan) -> Phase:
     note = plan.moment.part.partition(" (")[0] + (" pass" if plan.moment.layer is not None else "")
-    return Phase("train", plan.process, _host(plan, 0), 0, note)
+    assert plan.trace is not None
+    return Phase("train", plan.process, _host(plan, plan.trace.waiting), 0, note)
 
 
 def evaluate_phase(plan: Plan, few: Any) -> Phase:
@@ -127,23 +133,22 @@ def evaluate_phase(plan: Plan, few: Any) -> Phase:
         if trace.kinds[block] == "buffer":
             timeline.buffers[trace.ops[block]] = new
     timeline.insert(*evaluate_trace(plan, few))
-    note = "no backward; a choice between answers takes more"
-    return Phase("evaluate", timeline.peak(plan.device), _host(plan, 0), 0, note)
+    return Phase("evaluate", timeline.peak(plan.device), _host(plan, 0), 0, "no backward")
 
 
 def evaluate_trace(plan: Plan, model: Any) -> tuple[Trace, int]:
     """`loss_sum` of a micro-batch over a model on meta, and the number of its first event."""
     shape = plan.shape
     batch = MetaBatch.of(shape.rows, shape.length, shape.trained, shape.padded)
-    language = language_of(model, plan.recipe.train, batch, plan.device)
+    language = language_of(model, plan.recipe.train, batch, plan.device, plan.recipe.memory)
     model.eval()
     tracer = tracer_of(plan, answer=answers(shape.trained, shape.padded))
     with without_collector(), on_meta(plan.device), torch.no_grad():
-        for tensor in (*_unique(model), batch.input_ids, batch.attention_mask, batch.labels):
+        for tensor in (*_unique(plan, model), batch.input_ids, batch.attention_mask, batch.labels):
             tracer.adopt(tensor, "weights")
         first = len(tracer.trace.events)
         with tracer:
-            language.loss_sum(batch)
+            language.loss_sum(batch, plain=True)
     return tracer.stop(), first
 
 
@@ -206,9 +211,13 @@ class Merging:
 
     def __init__(self, plan: Plan, whole: nn.Module) -> None:
         """What needs the whole model: its tensors, and how each entry of the merged checkpoint is made."""
-        self.plan, self.static = plan, [_nbytes(tensor) for tensor in _unique(whole)]
-        floats = [p for p in whole.parameters() if p.is_floating_point() and p.dtype != torch.float32]
-        self.casts = [4 * p.numel() for p in floats]
+        tensors = _unique(plan, whole)
+        self.plan, self.static = plan, [_nbytes(tensor) for tensor in tensors]
+        self.casts = {
+            number: 4 * tensor.numel()
+            for number, tensor in enumerate(tensors)
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dtype != torch.float32
+        }  # of the tensors, by number: bytes in fp32
         self.written, self.host, self.disk = Timeline(), 0, 0
         for nbytes in self.static:
             self.written.born(nbytes)
@@ -217,7 +226,7 @@ class Merging:
         with without_collector(), torch.no_grad():
             for entry in merged_entries(whole, MERGED):
                 self.disk, self.host = self.disk + entry.nbytes, max(self.host, entry.nbytes)
-                module = whole.get_submodule(entry.name.rpartition(".")[0])
+                module = whole.get_submodule(entry.site)
                 key = (entry.shape, entry.name.rpartition(".")[2], type(module), getattr(module, "scheme", None))
                 if key not in traced:
                     traced[key] = self._entry(entry)
@@ -244,10 +253,12 @@ class Merging:
         return Phase("merge", max(in_fp32, dense), _host(plan, max(self.host, 2 * logits)), self.disk, decides)
 
     def _reference(self, few: Any) -> tuple[Timeline, str]:
-        """`Reference.of`: all that is not packed is cast to fp32 while the originals are kept."""
+        """`Reference.of`: all that is not packed is cast to fp32, one tensor after the other."""
         timeline = Timeline()
-        for nbytes in (*self.static, *self.casts):
+        blocks = [timeline.born(nbytes) for nbytes in self.static]
+        for number, nbytes in self.casts.items():
             timeline.born(nbytes)
+            timeline.gone([blocks[number]])
         how = "the reference logits in fp32"
         try:
             trace, first = self._forward(few, torch.float32)
@@ -264,7 +275,7 @@ class Merging:
         tracer = tracer_of(self.plan, answer=answers(1, False))
         wide = in_dtype(few, dtype) if dtype else nullcontext()
         with without_collector(), on_meta(self.plan.device), torch.no_grad(), wide:
-            for tensor in (*_unique(few), ids):
+            for tensor in (*_unique(self.plan, few), ids):
                 tracer.adopt(tensor, "weights")
             first = len(tracer.trace.events)
             with tracer:

@@ -7,9 +7,8 @@ what torch itself takes there. No formula says what a model or a method needs: `
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +18,7 @@ import torch
 
 from ..adapters import adapt
 from ..errors import QtuneError
+from ..memory.cuda import ALLOCATOR, EXPANDABLE, expandable
 from ..model.skeleton import build
 from ..quant.mixed import Average, Mixed
 from ..quant.scheme import DTYPES
@@ -36,7 +36,10 @@ from .standins import Untraceable
 from .step_trace import STEPS, MetaBatch, planned_trace
 from .trace import BEFORE, LOSS, UPDATE, Trace
 
-SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's names for its allocator's settings
+EVENLY = (
+    "tokens are taken to spread evenly over the experts; what one expert computes at a time is larger where a router "
+    "prefers it, up to all tokens of a micro-batch"
+)
 CUDNN = "newer torch may take cuDNN's attention on this card, whose workspace is not planned"
 WORTH = 0.97  # of reserved bytes: below this, a change of settings is worth a note
 HEAP = 0.48  # of a CPU's plan: the C library's heap keeps gaps; the worst row of benchmarks/results/plan.jsonl
@@ -173,10 +176,23 @@ def stored_as(recipe: Recipe) -> str:
     return scheme.name
 
 
-def shape_of(recipe: Recipe, model: Model) -> Shape:
-    """The largest micro-batch that a recipe allows, where its data is not read."""
-    rows, length = recipe.train.micro_batch, recipe.data.max_length
-    return Shape(rows, length, rows * (length - 1), rows > 1, "train.micro_batch x data.max_length, all tokens trained")
+def shapes_of(recipe: Recipe) -> tuple[Shape, ...]:
+    """The largest micro-batches that a recipe allows, where its data is not read: one by rows, of up to two by tokens
+    (the most tokens, the longest example): which takes more has to be planned. Many rows of few tokens are left out."""
+    length, tokens = recipe.data.max_length, recipe.train.micro_tokens
+    if tokens is None:
+        rows = recipe.train.micro_batch or 1
+        sizes, words = [(rows, length)], "train.micro_batch x data.max_length, all tokens trained"
+    else:
+        length, words = min(length, tokens), "as many as fit into train.micro_tokens, all tokens trained"
+        many = -(-tokens // length)  # the fewest rows that can fill it, all but a rest below their number
+        sizes = list(dict.fromkeys([(many, tokens // many), (tokens // length, length)]))
+    return tuple(Shape(rows, length, rows * (length - 1), rows > 1, words) for rows, length in sizes)
+
+
+def worst_of(plans: Iterable[Plan]) -> Plan:
+    """The plan with the largest peak."""
+    return max(plans, key=lambda plan: plan.process)
 
 
 def check_shape(shape: Shape, model: Model) -> None:
@@ -205,13 +221,15 @@ def plan_recipe(
     model: the recipe's, where it is found already. shape: the micro-batch, else the largest that the recipe allows.
     budget: bytes, else the device's memory. Raises QtuneError, naming the architecture, where it cannot be traced.
     """
-    started = time.perf_counter()
     model = model or find_model(recipe.model)
-    shape = shape or shape_of(recipe, model)
+    if shape is None:
+        shapes = shapes_of(recipe)
+        return worst_of(plan_recipe(recipe, device, model=model, shape=one, budget=budget) for one in shapes)
+    started = time.perf_counter()
     check_shape(shape, model)
     batch = MetaBatch.of(shape.rows, shape.length, shape.trained, shape.padded)
     with refused_by_name(model):
-        trace, whole = planned_trace(maker(model, recipe), recipe.train, batch, device)
+        trace, whole = planned_trace(maker(model, recipe), recipe.train, batch, device, recipe.memory)
     return planned(model, recipe, device, "qtune", shape, trace, whole, budget, time.perf_counter() - started)
 
 
@@ -240,8 +258,8 @@ def planned(
     seconds: float,
 ) -> Plan:
     """The plan that a trace tells. whole: the model whose parameters the trace names."""
-    accumulate = recipe.train.accumulate
-    allocated, reserved, event, note = tiers(trace, device)
+    accumulate, routed = recipe.train.accumulate, any(getattr(module, "routed", False) for module in whole.modules())
+    allocated, reserved, event, note = tiers(trace, device, expandable=expandable(ours=stack == "qtune"))
     runtime = process_bytes(device)
     rows = rows_of(trace, whole, event, recipe.train.checkpointing)
     items = [Item(group, name, nbytes) for (group, name), nbytes in rows.items() if nbytes]
@@ -261,24 +279,24 @@ def planned(
             costs_of(trace, STEPS, accumulate / (1 + max(segment.micro for segment in trace.segments))),
             device, shape.tokens * accumulate, recipe.train.steps,
         ),
-        notes=(*note, *([CUDNN] if device.capability[0] in (9, 10) else [])), seconds=seconds, trace=trace,
+        notes=(*note, *([CUDNN] if device.capability[0] in (9, 10) else []), *([EVENLY] if routed else [])),
+        seconds=seconds, trace=trace,
     )  # fmt: skip
 
 
-def tiers(trace: Trace, device: Device) -> tuple[int, int, int, list[str]]:
+def tiers(trace: Trace, device: Device, *, expandable: bool = False) -> tuple[int, int, int, list[str]]:
     """Allocated and reserved bytes, the event of the peak, and what to know of them. The allocator sees three steps:
-    its segments settle in the second and third. cuBLAS workspaces come from it, too."""
+    its segments settle in the second and third. cuBLAS workspaces come from it, too. expandable: its segments."""
     if device.kind != "cuda":
         allocated, event = peak_allocated(trace.sizes, trace.events, 1)
         return allocated, allocated, event, []
     _add_workspace(trace, workspaces(device))
     _, event = peak_allocated(trace.sizes, trace.events, GRANULE)
     events = [*trace.events, *trace.events[trace.last_step :]]
-    expandable = "expandable_segments:true" in "".join(os.environ.get(name, "") for name in SETTINGS).lower()
-    taken, other = (replay(trace.sizes, events, expandable=kind) for kind in (expandable, not expandable))
+    taken = replay(trace.sizes, events, expandable=expandable)
     notes = []
-    if not expandable and other.reserved < WORTH * taken.reserved:
-        notes.append(f"with {SETTINGS[1]}=expandable_segments:True the allocator would take {size(other.reserved)}")
+    if not expandable and (other := replay(trace.sizes, events, expandable=True).reserved) < WORTH * taken.reserved:
+        notes.append(f"with {ALLOCATOR[0]}={EXPANDABLE} the allocator would take {size(other)}")
     return taken.allocated, taken.reserved, event, notes
 
 
@@ -321,7 +339,7 @@ def plan_stack(
 
     started = time.perf_counter()
     model = model or find_model(recipe.model)
-    shape = shape or shape_of(recipe, model)
+    shape = shape or shapes_of(recipe)[0]
     check_shape(shape, model)
     settings = replace(hf_settings(recipe, shape.rows, shape.length), release=release)
     with refused_by_name(model):

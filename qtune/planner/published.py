@@ -1,8 +1,8 @@
 """A base as its publisher wrote it, without its file: the pieces that the loader would read, on meta or random.
 
 Names and shapes are the skeleton's; tied tensors are in the file once. A weight of a safetensors file is a view of the
-mapped file and takes no memory; a weight of a GGUF file is dequantized to fp32, and fused experts (3-D) are stacked
-from the file's one tensor an expert, gate and up apart: these do.
+mapped file and takes no memory; a weight of a GGUF file is dequantized to fp32, and an expert's matrix is put together
+from the file's gate and up, as fused experts (3-D) that stay dense are from all of theirs: these do.
 """
 
 from __future__ import annotations
@@ -56,16 +56,17 @@ class MetaFile:
     """Reads on meta, for a trace that counts what the target's device holds.
 
     dtype: the file's; fresh: reading makes a new tensor (GGUF); on_device: is what is read in host memory the device's,
-    as on a CPU? host: the most bytes of host memory that one reading took.
+    as on a CPU? site: the packed layer of a name, or None. host: the most bytes of host memory that one reading took.
     """
 
-    def __init__(self, dtype: torch.dtype, *, fresh: bool, on_device: bool, packed: Callable[[str], bool]) -> None:
-        self.dtype, self.fresh, self.on_device, self.packed = dtype, fresh, on_device, packed
+    def __init__(self, dtype: torch.dtype, *, fresh: bool, on_device: bool, site: Callable[[str], Any]) -> None:
+        self.dtype, self.fresh, self.on_device, self.site = dtype, fresh, on_device, site
         self.host = 0
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of this name; a weight that will be packed is copied to a GPU first."""
-        nbytes, stacked = prod(shape) * self.dtype.itemsize, len(shape) == 3
+        nbytes, layer = prod(shape) * self.dtype.itemsize, self.site(name)
+        stacked = len(shape) == 3 or getattr(layer, "routed", False)
         if self.fresh:
             self.host = max(self.host, nbytes + 4 * min(prod(shape), CHUNK))
         elif stacked:
@@ -80,7 +81,7 @@ class MetaFile:
             made = self._made(shape)
             del experts
             return made
-        if not self.on_device and self.packed(name):
+        if not self.on_device and layer is not None:
             return self._made(shape)
         with _disable_current_modes():
             return self._made(shape)

@@ -1,21 +1,23 @@
 """What is asked of `qtune plan`: arguments -> recipe, model, device, micro-batch, limit; every fault at once.
 
 Where the recipe's data and a tokenizer are at hand, the micro-batch is the worst that the data can bring: its longest
-examples together, padded to the longest. Else it is train.micro_batch x data.max_length, and a note says so.
+examples together, padded to the longest. Else it is train.micro_batch x data.max_length, and a note says so. With
+train.micro_tokens several can be the worst (many short rows, few long ones): each is planned, and the largest counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from ..data import load_data
+from ..data import Capacity, Example, load_data, steps_of
 from ..errors import QtuneError, one_of
 from ..model import load_tokenizer
 from ..quant import Scheme, scheme_from
@@ -24,7 +26,7 @@ from ..screen import size
 from ..units import parse_size
 from .devices import Device, find_device
 from .models import Model, find_model
-from .plan import Plan, Shape, check_shape, plan_recipe, shape_of
+from .plan import Plan, Shape, check_shape, plan_recipe, shapes_of, worst_of
 from .roofline import measured
 
 STACKS = ("qtune", "hf", "hf:installed")
@@ -38,19 +40,56 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Lengths:
-    """The examples of a data file: (tokens, trained tokens) of each, the longest first."""
+    """The examples of a data file: (tokens, trained tokens) of each, in the file's order."""
 
     pairs: tuple[tuple[int, int], ...]
 
-    def worst(self, rows: int, length: int) -> Shape:
-        """The `rows` longest examples in one micro-batch, cut at `length` tokens; with the most trained tokens and
-        the padding that any micro-batch of the data can have, which may be others: a bound."""
-        cut = [min(tokens, length) for tokens, _ in self.pairs]
-        most = cut[:rows]
-        trained = sum(sorted((min(n, c - 1) for (_, n), c in zip(self.pairs, cut, strict=True)), reverse=True)[:rows])
-        several = f"the {len(most)} longest in one micro-batch" if len(most) > 1 else "alone in a micro-batch"
-        source = f"data: longest example {most[0]:,} tokens (of {len(self.pairs):,} examples), {several}"
-        return Shape(len(most), most[0], trained, len(most) > 1 and min(cut) < most[0], source)
+    @cached_property
+    def rising(self) -> list[tuple[int, int]]:
+        """The same, the shortest first."""
+        return sorted(self.pairs)
+
+    def worst(self, capacity: Capacity, length: int) -> tuple[Shape, ...]:
+        """The largest micro-batches of the data, cut at `length` tokens; the first has the most tokens.
+
+        By rows it is the one of the longest examples. By tokens the longest example says how many fit: what goes by
+        rows x longest (activations), by the longest (its positions), by rows x longest^2 (masks, plain attention) and
+        by rows (kernels round a row's length up) is each at its most in another one, so there are up to four. Trained
+        tokens and padding, which decide too, are the most that any micro-batch can have: a bound.
+        """
+        cut = [(min(tokens, length), min(n, min(tokens, length) - 1)) for tokens, n in self.rising]
+        sizes = {longest: min(capacity.rows(longest), seen) for seen, (longest, _) in enumerate(cut, 1)}
+        if not capacity.by_tokens:
+            sizes = {cut[-1][0]: min(capacity.limit, len(cut))}
+        trained = _most_trained(cut, capacity)
+        keys: tuple[Callable[[int], tuple[int, int]], ...] = (
+            lambda n: (sizes[n] * n, n), lambda n: (n, 0), lambda n: (sizes[n] * n * n, n), lambda n: (sizes[n], n),
+        )  # fmt: skip
+        return tuple(self._shape(sizes[n], n, trained, cut) for n in dict.fromkeys(max(sizes, key=key) for key in keys))
+
+    def _shape(self, rows: int, longest: int, trained: int, cut: list[tuple[int, int]]) -> Shape:
+        together = f"the {rows} longest in one micro-batch"
+        if longest < cut[-1][0]:
+            together = f"{rows} of up to {longest:,} in one micro-batch"
+        several = together if rows > 1 else "alone in a micro-batch"
+        source = f"data: longest example {cut[-1][0]:,} tokens (of {len(cut):,} examples), {several}"
+        return Shape(rows, longest, min(trained, rows * (longest - 1)), rows > 1 and cut[0][0] < longest, source)
+
+
+def _most_trained(cut: list[tuple[int, int]], capacity: Capacity) -> int:
+    """The most trained tokens that a micro-batch can have. cut: (tokens, trained) of the examples, the shortest first.
+
+    For each longest example: of it and all shorter ones the most trained, as many as fit beside it.
+    """
+    most = total = 0
+    taken: list[int] = []  # a heap, the smallest first
+    for longest, n in cut:
+        heapq.heappush(taken, n)
+        total += n
+        while len(taken) > capacity.rows(longest):
+            total -= heapq.heappop(taken)
+        most = max(most, total)
+    return most
 
 
 @dataclass(frozen=True)
@@ -70,37 +109,42 @@ class Request:
     notes: tuple[str, ...] = ()
     known: Shape | None = None
 
-    def shape(self, recipe: Recipe | None = None) -> Shape:
-        """The micro-batch of the recipe, or of a changed one."""
+    def shapes(self, recipe: Recipe | None = None) -> tuple[Shape, ...]:
+        """The largest micro-batches of the recipe, or of a changed one; the first has the most tokens."""
         recipe = recipe or self.recipe
         if self.known is not None and _micro_batch(recipe) == _micro_batch(self.recipe):
-            return self.known
+            return (self.known,)
         if self.lengths is None:
-            return shape_of(recipe, self.model)
-        return self.lengths.worst(recipe.train.micro_batch, recipe.data.max_length)
+            return shapes_of(recipe)
+        return self.lengths.worst(*_micro_batch(recipe))
+
+    def shape(self, recipe: Recipe | None = None) -> Shape:
+        """The micro-batch of the most tokens, of the recipe or of a changed one."""
+        return self.shapes(recipe)[0]
 
     def steps(self) -> int | None:
         """Optimizer steps of the run, as the trainer counts them; None where the number of examples is not known."""
         keys = self.recipe.train
         if keys.steps is not None or self.lengths is None:
             return keys.steps
-        micro_batches = math.ceil(len(self.lengths.pairs) / keys.micro_batch)
-        return max(1, math.ceil((keys.epochs or 1.0) * micro_batches / keys.accumulate))
+        return steps_of(keys, [tokens for tokens, _ in self.lengths.pairs])
 
     def plan(self, recipe: Recipe | None = None, stack: str | None = None) -> Plan:
-        """The plan of the recipe, or of a changed one."""
+        """The plan of the recipe, or of a changed one, for the micro-batch that takes the most."""
         recipe, stack = recipe or self.recipe, stack or self.stack
+        return worst_of(self._plan(recipe, stack, shape) for shape in self.shapes(recipe))
+
+    def _plan(self, recipe: Recipe, stack: str, shape: Shape) -> Plan:
         if stack == "qtune":
-            return plan_recipe(recipe, self.device, model=self.model, shape=self.shape(recipe), budget=self.budget)
+            return plan_recipe(recipe, self.device, model=self.model, shape=shape, budget=self.budget)
         from .plan import plan_stack
 
         release = "installed" if stack.endswith(":installed") else "published"
-        shape = self.shape(recipe)
         return plan_stack(recipe, self.device, model=self.model, shape=shape, budget=self.budget, release=release)
 
 
-def _micro_batch(recipe: Recipe) -> tuple[int, int]:
-    return recipe.train.micro_batch, recipe.data.max_length
+def _micro_batch(recipe: Recipe) -> tuple[Capacity, int]:
+    return Capacity.of(recipe.train), recipe.data.max_length
 
 
 def with_phases(plan: Plan) -> Plan:
@@ -130,7 +174,8 @@ def read_request(args: argparse.Namespace) -> Request:
         )
     model = _tried(lambda: find_model(recipe.model), faults) if recipe is not None else None
     if recipe is not None and model is not None and (args.seq is not None or recipe.data.train is None):
-        _tried(lambda: _check(shape_of(recipe, model), model), faults)
+        for shape in shapes_of(recipe):
+            _tried(partial(_check, shape, model), faults)
     if faults or recipe is None or model is None or device is None:
         raise QtuneError(faults[0] if len(faults) == 1 else "\n  ".join((f"there are {len(faults)} faults:", *faults)))
     if limit and limit > device.memory:
@@ -254,7 +299,13 @@ def _lengths(recipe: Recipe, model: Model, notes: list[str]) -> Lengths | None:
     )
     if report.truncated:
         notes.append(f"{report.truncated:,} examples are cut at data.max_length = {keys.max_length:,}")
-    return Lengths(tuple(sorted(((len(e.input_ids), sum(e.trained)) for e in examples), reverse=True)))
+    Capacity.of(recipe.train).check(examples)
+    return lengths_of(examples)
+
+
+def lengths_of(examples: Sequence[Example]) -> Lengths:
+    """The lengths of examples at hand."""
+    return Lengths(tuple((len(example.input_ids), sum(example.trained)) for example in examples))
 
 
 def _tokenizer_at(name: str) -> Path | None:
@@ -278,8 +329,11 @@ def _cached(name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def request_of(recipe: Recipe, device: Device, budget: int, shape: Shape | None = None) -> Request:
-    """A request of the library's own, without arguments. shape: the recipe's micro-batch; smaller ones are taken to
-    be of examples as long as its longest."""
-    lengths = None if shape is None else Lengths(((shape.length, -(shape.trained // -shape.rows)),) * shape.rows)
-    return Request(recipe, find_model(recipe.model), device, budget, lengths=lengths, known=shape)
+def request_of(recipe: Recipe, device: Device, budget: int, data: Shape | Lengths | None = None) -> Request:
+    """A request of the library's own, without arguments. data: the lengths of its examples, or the recipe's largest
+    micro-batch; smaller ones are then taken to be of examples as long as its longest."""
+    known = data if isinstance(data, Shape) else None
+    if known is not None:
+        data = Lengths(((known.length, -(known.trained // -known.rows)),) * known.rows)
+    lengths = data if isinstance(data, Lengths) else None
+    return Request(recipe, find_model(recipe.model), device, budget, lengths=lengths, known=known)

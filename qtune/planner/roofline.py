@@ -2,8 +2,9 @@
 
 An op class takes max(FLOP / (share of the peak), bytes / (share of the bandwidth)) + launches x overhead; the step is
 the sum of its classes. The shares and the overhead are the constants below with their sources. They are the same for
-every device, and `ANCHORS` says how far off published runs are. Left out: the data loader, saving, evaluation,
-copies over PCIe, clocks below boost, and that a GPU may run one kernel beside another.
+every device, and `ANCHORS` says how far off published runs are. What waits in host memory is copied beside the
+computation: a step takes as long as the slower of the two. Left out: the data loader, saving, evaluation, clocks below
+boost, and that a GPU may run one kernel beside another.
 A device without known throughput or bandwidth gets no estimate: `Speed.reason` says why.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..speed import seconds
+from .cost import LINK
 from .devices import Device
 
 # Share of the peak by op class; the others compute without tensor cores, at fp32's rate.
@@ -74,22 +76,37 @@ def estimate(costs: Sequence[Cost], device: Device, tokens: int, steps: int | No
     """The speed of a step with these costs. tokens: of one step, all micro-batches; steps: of the run."""
     if reason := _unknown(costs, device, tokens):
         return Speed(reason=reason)
+    copied = sum(cost.nbytes for cost in costs if cost.op == LINK) / device.link if device.link else 0.0
     by_class: dict[str, float] = defaultdict(float)
     by_bound: dict[str, float] = defaultdict(float)
-    for cost in costs:
+    for cost in (cost for cost in costs if cost.op != LINK or not device.link):
         compute, memory, launches = _parts(cost, device)
         by_class[cost.op] += max(compute, memory) + launches
         by_bound["compute" if compute > memory else "memory bandwidth"] += max(compute, memory)
         by_bound["launches"] += launches
-    total = sum(by_class.values())
+    alone = sum(by_class.values())
+    total = max(alone, copied)
+    if copied > alone:
+        by_class, by_bound = {LINK: copied}, {LINK: copied}
     return Speed(
         seconds=total,
         tokens_per_second=tokens / total,
         run_seconds=None if steps is None else steps * total,
         shares={op: by_class[op] / total for op in sorted(by_class, key=lambda op: -by_class[op])},
         bound=max(by_bound, key=lambda bound: by_bound[bound]),
-        assumptions=_assumptions(costs, device),
+        assumptions=[*_assumptions(costs, device), *_copies(device, copied, alone, tokens)],
     )
+
+
+def _copies(device: Device, copied: float, alone: float, tokens: int) -> list[str]:
+    """What copies cost beside the computation, and from how many tokens on nothing."""
+    if not copied:
+        return []
+    line = (
+        f"copies between host and device: {copied:.2g} s a step at {device.link / 1e9:.3g} GB/s, beside "
+        f"{alone:.2g} s of computing"
+    )
+    return [f"{line}: they are free from about {int(tokens * copied / alone):,} tokens a step on"]
 
 
 def _unknown(costs: Sequence[Cost], device: Device, tokens: int) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 from ..errors import QtuneError, one_of
 from ..safe_io import replacing
 from ..screen import Screen, size
-from .fit import peak, positions
+from .fit import peak
+from .knobs import positions
 from .plan import stored_as
 from .request import Request
 

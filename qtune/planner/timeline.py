@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from ..memory.cuda import expandable
 from .allocator import peak_allocated, replay
 from .devices import Device, workspaces
 from .runtime import process_bytes
@@ -61,5 +62,5 @@ class Timeline:
             space = [workspaces(device, threads)] if threads else []
             sizes = [*self.sizes, *space]
             events = [*range(len(self.sizes), len(sizes)), *self.events]
-            return replay(sizes, events).reserved + process_bytes(device)
+            return replay(sizes, events, expandable=expandable()).reserved + process_bytes(device)
         return peak_allocated(self.sizes, self.events, 1)[0] + process_bytes(device)

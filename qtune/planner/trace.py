@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..memory import DEVICE, HOST, making, mark, place_of
 from .cost import Costs
 
 BEFORE, FORWARD, LOSS, BACKWARD, AFTER, UPDATE = "before", "forward", "loss", "backward", "after", "update"
@@ -57,6 +58,7 @@ class Trace:
     costs: Costs = field(default_factory=Costs)
     names: dict[int, str] = field(default_factory=dict)  # block -> the parameter that it is, or is the gradient of
     last_step: int = 0
+    waiting: int = 0  # bytes of host memory beside the device
 
     def peak(self) -> tuple[int, int]:
         """Most bytes alive at once, and the event at which they are (the birth that reaches them)."""
@@ -98,7 +100,8 @@ class Trace:
 class Tracer(TorchDispatchMode):
     """Fills a Trace while it is active.
 
-    devices: the device types whose memory counts. answer(op, args, maker): a result in place of an op that meta cannot
+    devices: the device types whose memory counts. places: of memory.host; what waits elsewhere does not count.
+    answer(op, args, maker): a result in place of an op that meta cannot
     give (`NotImplemented`: run it), where maker(args) is the op that made the first argument. scratch(op, args):
     declared bytes beside the results, by name: `temporary` is released with the op, any other is a buffer that only
     grows.
@@ -110,8 +113,10 @@ class Tracer(TorchDispatchMode):
         *,
         scratch: Callable[[str, tuple[Any, ...]], Mapping[str, int]],
         answer: Callable[[str, tuple[Any, ...], Callable[..., str]], Any] | None = None,
+        places: tuple[str, ...] = (DEVICE,),
     ) -> None:
         super().__init__()
+        self.places = places
         self.trace, self.devices, self.scratch, self.answer = Trace(), devices, scratch, answer
         self._of: dict[int, int] = {}  # storage -> block
         self._refs: dict[int, weakref.ref[Any]] = {}
@@ -216,9 +221,20 @@ class Tracer(TorchDispatchMode):
         key = storage._cdata
         if key in self._of:
             return None
+        if making() != DEVICE:
+            mark(tensor, making())
+        if place_of(tensor) not in self.places:
+            self._waits(storage, place_of(tensor))
+            return None
         block = self._of[key] = self._new(storage.nbytes(), op, kind)
         self._refs[block] = weakref.ref(storage, partial(self._gone, block, key))
         return block
+
+    def _waits(self, storage: Any, place: str) -> None:
+        """Host memory beside the device: each storage once, as a cost of the segment that makes it."""
+        if place == HOST and not hasattr(storage, "qtune_seen"):
+            storage.qtune_seen = True
+            self.trace.costs.wait(len(self.trace.segments) - 1, storage.nbytes())
 
     def _new(self, size: int, op: str, kind: str) -> int:
         trace = self.trace

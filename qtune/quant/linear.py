@@ -44,7 +44,8 @@ class _FrozenPlusLowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, packed: Tensor, scheme: Scheme, shape: tuple[int, int], A: Tensor, B: Tensor, scale: float
     ) -> Tensor:
         inner = torch.mm(x.reshape(-1, shape[1]), A.t()).mul_(scale)
-        ctx.save_for_backward(x, packed, A, B, inner)
+        learned = ctx.needs_input_grad[4:6]  # x and x A^T are kept for the gradients of A and of B alone
+        ctx.save_for_backward(x if learned[0] else None, packed, A, B, inner if learned[1] else None)
         ctx.scheme, ctx.shape, ctx.scale = scheme, shape, scale
         inner = inner.view(*x.shape[:-1], -1)
         return scheme.matmul(x, views(scheme, packed, shape), shape, False, inner, B)
@@ -82,6 +83,8 @@ class _Packed(nn.Module):
     packed: nn.Parameter
     own = False  # are the codes others than packing the checkpoint gives, so that a run must keep them?
     pack: Callable[[Tensor], Parts] | None = None  # chooses the codes of `set_weight`; None: rounds to nearest
+    home: torch.device | None = None  # where it computes, if `packed` waits elsewhere (memory/stream.py)
+    release: Callable[[Tensor], None] | None = None  # told when a reader outside of a step is done with `packed`
 
     def __init__(
         self, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, device: torch.device | str | None, name: str
@@ -93,13 +96,20 @@ class _Packed(nn.Module):
         )
 
     @property
+    def device(self) -> torch.device:
+        """The device that it computes on."""
+        return self.home or self.packed.device
+
+    @property
     def parts(self) -> Parts:
         """The named parts, as views of `packed`."""
         return views(self.scheme, self.packed, self.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A fresh dense copy [out, in] that the caller may keep. Costly: not for a forward pass."""
-        return self.scheme.unpack(self.parts, self.shape, dtype)
+        w = self.scheme.unpack(self.parts, self.shape, dtype)
+        self._done()
+        return w
 
     def set_weight(self, w: Tensor) -> None:
         """Pack w [out, in] anew; the codes are then the run's own. Raises QtuneError for another shape, NaN or
@@ -119,6 +129,11 @@ class _Packed(nn.Module):
         else:
             with torch.no_grad():  # not through .data: a backward that still needs the old bytes must be told
                 self.packed.copy_(flat)
+            self._done()
+
+    def _done(self) -> None:
+        if self.release is not None:
+            self.release(self.packed)
 
     def magnitude(self) -> float:
         """A number to compare within 1e-4 beside `digest`, which does not see all of a doubly quantized scale."""
@@ -131,6 +146,7 @@ class _Packed(nn.Module):
         parts = self.parts
         for name in parts if whole else self.scheme.identity():
             text.update(parts[name].detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
+        self._done()
         return text.hexdigest()
 
 
@@ -142,6 +158,7 @@ class QuantLinear(_Packed):
     """
 
     bias: nn.Parameter | None
+    routed = False  # one of a mixture's experts: only the tokens that a router sends reach it
 
     def __init__(
         self,
@@ -157,8 +174,8 @@ class QuantLinear(_Packed):
     ) -> None:
         super().__init__((out_features, in_features), scheme, dtype, device, name)
         self.in_features, self.out_features, self.conv1d = in_features, out_features, conv1d
-        empty = torch.empty(out_features, dtype=dtype, device=device)
-        self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
+        empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] -> x W^T [..., out], without the bias; in x's dtype, under autocast in autocast's."""
@@ -167,7 +184,8 @@ class QuantLinear(_Packed):
     def product_plus(self, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """x [..., in], A [rank, in], B [out, rank] -> x W^T + scale x A^T B^T [..., out], without the bias.
 
-        A and B get gradients; what is kept for the backward is x, A, B and x A^T. All in x's dtype, under autocast in
+        A and B get gradients where they ask for them; what is kept for the backward is A, B, x for the gradient of A
+        and x A^T for that of B. All in x's dtype, under autocast in
         autocast's.
         """
         x = autocast(x)

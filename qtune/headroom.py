@@ -1,0 +1,161 @@
+"""Is there room? The plan held to the budget, the largest micro-batch tried before the first step, and out of memory
+told with a recipe that would fit.
+
+Planning imports much that a run does without, so it is imported where it is asked for.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from .data import Batch, Capacity, Example, collate
+from .errors import FREE_MEMORY, QtuneError, is_out_of_memory
+from .recipe import Recipe
+from .runs import pick_device
+from .screen import Screen, size
+from .sections import TrainKeys
+from .step import NonFinite, TrainStep
+from .units import parse_size
+
+if TYPE_CHECKING:
+    from .planner.devices import Device
+    from .planner.plan import Shape
+
+LESS = 0.8  # of the planned peak: what is looked for where the plan says that the recipe fits and it did not
+
+
+def within_budget(recipe: Recipe, budget: str, examples: Sequence[Example], screen: Screen) -> str:
+    """The plan in a line. Raises QtuneError where its peak is beyond the budget, with what would fit."""
+    from .planner.devices import find_device
+    from .planner.fit import refuse_beyond
+    from .planner.request import lengths_of
+
+    device = find_device(str(pick_device(recipe.device)))
+    plan = refuse_beyond(recipe, parse_size(budget), device, shape=lengths_of(examples), screen=screen)
+    return f"plan  {size(plan.process)} of the budget of {budget}, for {plan.shape.source.removeprefix('data: ')}"
+
+
+# ---- the dry step
+
+
+def wants_dry_step(keys: TrainKeys, device: torch.device) -> bool:
+    """On CUDA, where a step is cheap and memory is hard, unless the recipe says it."""
+    return device.type == "cuda" if keys.dry_step is None else keys.dry_step
+
+
+def largest(examples: Sequence[Example], capacity: Capacity) -> list[Batch]:
+    """The micro-batches of these examples that can take the most: those that are planned for.
+
+    Trained tokens and padding are raised to what any micro-batch of the examples can have, as in the plan.
+    """
+    from .planner.request import lengths_of
+
+    rising = sorted(examples, key=lambda example: (len(example.input_ids), sum(example.trained)))
+    longest = len(rising[-1].input_ids)
+    return [_batch_of(rising, shape) for shape in lengths_of(examples).worst(capacity, longest)]
+
+
+def _batch_of(rising: Sequence[Example], shape: Shape) -> Batch:
+    """The longest examples that a shape takes, with its trained tokens where there are places, and its padding."""
+    made = collate([example for example in rising if len(example.input_ids) <= shape.length][-shape.rows :])
+    if shape.padded and bool(made.attention_mask.all()):
+        made.attention_mask[-1, -1], made.labels[-1, -1] = 0, -100
+    places = (made.labels[:, 1:] < 0) & made.attention_mask[:, 1:].bool()
+    more = places.flatten().nonzero()[: max(0, shape.trained - made.trained), 0]
+    row, place = more // places.shape[1], more % places.shape[1] + 1
+    made.labels[row, place] = made.input_ids[row, place]
+    return made
+
+
+def dry_step(step: TrainStep, batches: Sequence[Batch], accumulate: int) -> None:
+    """Two steps over each of the batches: in the second the optimizer's states are there, as from then on in training.
+
+    Weights and random states (of the CPU and of CUDA) are afterwards as they were. The optimizer is not: it is to be
+    made anew. Raises what a step that finds no memory raises.
+    """
+    parameters = step.optimizer.parameters
+    device = parameters[0].device
+    before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for batch in batches:
+            micro_batches = [batch.to(device)] * min(2, accumulate)  # from the second on gradients are there
+            for number in (1, 2):
+                with suppress(NonFinite):  # told by the step that meets it: more is trained here than in the data
+                    step(micro_batches, number, 2, 0.0)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+
+
+# ---- out of memory
+
+
+@contextmanager
+def told_out_of_memory(
+    recipe: Recipe, examples: Sequence[Example], screen: Screen, saved: Callable[[], str]
+) -> Iterator[None]:
+    """Out of memory inside of the block becomes a QtuneError that names the planned peak and a change of the recipe
+    that takes less. saved: what is left of the run, in words."""
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+    gc.collect()  # the error is gone, and with it the step's tensors
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    screen.line(f"{reason}; planning what would fit ...", "yellow")
+    raise QtuneError(f"{reason}; {saved()}. {_way_out(recipe, examples, screen)}")
+
+
+def _way_out(recipe: Recipe, examples: Sequence[Example], screen: Screen) -> str:
+    """What the plan says, and the smallest change that fits; where neither is known, what helps in general."""
+    from .planner.devices import find_device
+    from .planner.fit import peak, shown, smallest_change
+    from .planner.request import lengths_of, request_of
+
+    hint = f"To need less, {FREE_MEMORY['train']}"
+    try:
+        device = find_device(str(pick_device(recipe.device)))
+        there = _there(device)
+        request = request_of(recipe, device, there, lengths_of(examples))
+        most = peak(request.plan())
+        told = f"The plan's peak is {size(most)}, and this process can have {size(there)} of {device.name}"
+        found = smallest_change(replace(request, budget=min(there, int(LESS * most))), screen)
+    except (QtuneError, MemoryError, RuntimeError):  # the architecture cannot be planned, or there is no memory to plan
+        return hint
+    if found is None or not found.change:
+        return f"{told}. {hint}"
+    return f"{told}; this takes {size(peak(found.plan))}: {' '.join(shown(found.change))}"
+
+
+def _there(device: Device) -> int:
+    """Bytes of the device that this process holds or that are free."""
+    from .planner.measure import free_memory
+    from .planner.runtime import resident
+
+    if device.kind == "cuda":
+        return free_memory(device) + torch.cuda.memory_reserved() + device.context
+    now = resident()
+    return min(device.memory, free_memory(device) + (now.own + now.files if now else 0))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on a GPU, resident of the whole process elsewhere; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,143 @@
+"""Where a layer's input waits between forward and backward: on the device, in host memory, or in a file.
+
+Away from the device, tensors go out in order and come back in reverse. One may still be on its way out, and one is
+fetched ahead, both on a copy stream on CUDA: two boundaries are on the device at a time, however many layers there are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import MappedFile
+from .host import DEVICE, DISK, HOST, host_empty
+
+
+@dataclass(eq=False)
+class Kept:
+    """One layer's inputs, put aside; owned by the graph. away: where they lie; back: those that were fetched; done: the
+    copy's event."""
+
+    away: list[Tensor] = field(default_factory=list)
+    back: list[Tensor] = field(default_factory=list)
+    done: Any = None
+    leaving: Sequence[Tensor] = ()
+
+
+class Boundaries:
+    """Keeps them on the device, with autograd's own care."""
+
+    def put(self, ctx: Any, tensors: Sequence[Tensor]) -> Kept:
+        """Called in the forward of a Function; returns what `take` wants to see."""
+        ctx.save_for_backward(*tensors)
+        return Kept()
+
+    def take(self, ctx: Any, kept: Kept) -> Sequence[Tensor]:
+        """The tensors again, in the backward of the same Function."""
+        tensors: Sequence[Tensor] = ctx.saved_tensors
+        return tensors
+
+    def clear(self) -> None:
+        """Forget all buffers."""
+
+
+class Away(Boundaries):
+    """In host memory (page-locked on CUDA), or with `file` in a mapped file."""
+
+    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+        self.device, self.place = device, HOST if folder is None else DISK
+        meta = device.type == "meta"
+        self.file = None if folder is None or meta else MappedFile(folder, "the inputs of layers")
+        self._stack: list[weakref.ref[Kept]] = []
+        self.free: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def put(self, ctx: Any, tensors: Sequence[Tensor]) -> Kept:
+        if self.stack:
+            self._left(self.stack[-1])
+        kept = Kept([self._buffer(x) for x in tensors], leaving=tensors)
+        self._copy(zip(kept.away, tensors, strict=True), kept)
+        if self.file is not None:
+            for buffer in kept.away:
+                self.file.release(buffer)
+        self._stack.append(weakref.ref(kept))
+        return kept
+
+    def take(self, ctx: Any, kept: Kept) -> Sequence[Tensor]:
+        self._stack = [ref for ref in self._stack if ref() not in (kept, None)]
+        self._left(kept)
+        if not kept.back:
+            self._fetch(kept)
+        self._wait(kept)
+        tensors, kept.back = kept.back, []
+        self._drop(kept)
+        if self.stack and not self.stack[-1].back:
+            self._fetch(self.stack[-1])
+        return tensors
+
+    @property
+    def stack(self) -> list[Kept]:
+        """What is put aside and still wanted, in order: of a forward pass without a backward the graph is gone."""
+        return [kept for ref in self._stack if (kept := ref()) is not None]
+
+    def clear(self) -> None:
+        self._stack.clear()
+        self.free.clear()
+
+    def _left(self, kept: Kept) -> None:
+        """The device's copy may go: what is computed from here on waits until it has left."""
+        if kept.leaving:
+            self._wait(kept)
+            kept.leaving = ()
+
+    def _fetch(self, kept: Kept) -> None:
+        with torch.no_grad():
+            kept.back = [torch.empty(x.shape, dtype=x.dtype, device=self.device) for x in kept.away]
+        self._copy(zip(kept.back, kept.away, strict=True), kept)
+
+    def _copy(self, pairs: Any, kept: Kept) -> None:
+        with torch.no_grad():
+            if self.stream is None:
+                for into, x in pairs:
+                    into.copy_(x)
+                return
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                for into, x in pairs:
+                    into.copy_(x, non_blocking=True)
+            kept.done = self.stream.record_event()
+
+    def _wait(self, kept: Kept) -> None:
+        if kept.done is not None:
+            torch.cuda.current_stream(self.device).wait_event(kept.done)
+            kept.done = None
+
+    def _buffer(self, x: Tensor) -> Tensor:
+        free = self.free.setdefault((tuple(x.shape), x.dtype), [])
+        if free:
+            return free.pop()
+        if self.file is not None:
+            return self.file.empty(x.numel() * x.element_size()).view(x.dtype).view(x.shape)
+        return host_empty(x.shape, x.dtype, x.device, self.place)
+
+    def _drop(self, kept: Kept) -> None:
+        """Its buffers are free for others. The copy out of them is over before the next one into them: one stream."""
+        for buffer in kept.away:
+            if self.file is not None:
+                self.file.release(buffer)
+            self.free.setdefault((tuple(buffer.shape), buffer.dtype), []).append(buffer)
+        kept.away = []
+
+
+def boundaries_of(place: str, kind: str, device: torch.device, folder: Path) -> Boundaries:
+    """What `memory.boundaries` asks for. kind: of the device that trains; device: where the tensors are (a plan's are
+    on meta); folder: of the file."""
+    if place == DEVICE or (place == HOST and kind == "cpu"):
+        return Boundaries()
+    return Away(device, folder if place == DISK else None)

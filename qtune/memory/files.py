@@ -1,0 +1,81 @@
+"""Tensors in a file without a name: mapped into memory, written by the system when it likes, gone with the process.
+
+Pages of a mapping that were released cost no memory of the process; what was written to them stays in the file (or in
+the system's cache of it), and touching them brings them back.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import QtuneError
+from ..screen import size
+from .host import DISK, mark
+
+PAGE = mmap.ALLOCATIONGRANULARITY
+RELEASE = getattr(mmap, "MADV_DONTNEED", None)
+FETCH = getattr(mmap, "MADV_WILLNEED", None)
+
+
+class MappedFile:
+    """A growing file in `folder`, which no other process can change: it has no name (on Windows: a name until it is
+    closed). what: the words for errors."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        self.folder, self.what, self.nbytes = folder, what, 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed with the object)
+        except OSError as error:
+            raise QtuneError(
+                f"cannot write {what} to {folder}: {error.strerror or error}; set memory.folder to a writable folder"
+            ) from error
+        self._maps: dict[int, mmap.mmap] = {}  # address of a tensor -> its mapping
+
+    def reserve(self, nbytes: int) -> None:
+        """Raises QtuneError where the disk has no room for `nbytes` more."""
+        free = shutil.disk_usage(self.folder).free
+        if nbytes > free:
+            raise self._full(nbytes, free)
+
+    def empty(self, nbytes: int) -> Tensor:
+        """A fresh uint8 tensor [nbytes], zero, that begins at a page."""
+        length = max(1, -(nbytes // -PAGE)) * PAGE
+        try:
+            if hasattr(os, "posix_fallocate"):  # a hole in a full disk would kill the process when it is written to
+                os.posix_fallocate(self.file.fileno(), self.nbytes, length)
+            else:
+                os.truncate(self.file.fileno(), self.nbytes + length)
+            mapped = mmap.mmap(self.file.fileno(), length, offset=self.nbytes)
+        except OSError as error:
+            raise self._full(nbytes, shutil.disk_usage(self.folder).free) from error
+        self.nbytes += length
+        tensor = mark(torch.frombuffer(mapped, dtype=torch.uint8), DISK)[:nbytes]
+        self._maps[tensor.data_ptr()] = mapped
+        return tensor
+
+    def release(self, tensor: Tensor) -> None:
+        """Give the pages of a tensor back to the system; its values stay."""
+        self._advise(tensor, RELEASE)
+
+    def fetch(self, tensor: Tensor) -> None:
+        """Ask the system to read the pages of a tensor ahead."""
+        self._advise(tensor, FETCH)
+
+    def _advise(self, tensor: Tensor, advice: Any) -> None:
+        if advice is not None:
+            self._maps[tensor.data_ptr()].madvise(advice)
+
+    def _full(self, nbytes: int, free: int) -> QtuneError:
+        return QtuneError(
+            f"no room for {self.what} in {self.folder}: {size(nbytes)} more are needed, {size(free)} are free; set "
+            "memory.folder to a folder on a larger disk"
+        )

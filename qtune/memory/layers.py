@@ -1,0 +1,239 @@
+"""Decoder layers run one by one: recomputed in the backward, their inputs kept or put aside, their weights streamed.
+
+    forward   y = layer(x) without a graph; x is kept (the boundary), nothing else
+    backward  x comes back, layer(x) is run again with a graph, which is differentiated at once
+As in torch's reentrant checkpointing (Chen et al., 1604.06174), but one Function a layer: no hooks on saved tensors;
+where neither x nor the layer has anything to learn (below the first adapter) there is no graph and nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..model.layerwise import decoder_layers
+from ..quant import QuantLinear
+from .boundaries import Boundaries, Kept
+from .tiles import blank, unread
+
+
+class Weights(Protocol):
+    """Brings the weights of a layer to the device, and takes them away."""
+
+    def enter(self, index: int, *, backward: bool) -> None: ...
+    def leave(self, index: int) -> None: ...
+
+
+class Resident:
+    """All weights stay where they are."""
+
+    def enter(self, index: int, *, backward: bool) -> None:
+        pass
+
+    def leave(self, index: int) -> None:
+        pass
+
+
+class Layers:
+    """Stands before the `forward` of each layer of a model from its making to `remove`."""
+
+    def __init__(self, layers: nn.ModuleList, weights: Weights) -> None:
+        self.layers, self.weights = layers, weights
+        self.boundaries: Boundaries | None = None
+        # so that autograd comes by where no input asks it to; one for all, or no layer would be like the next to a plan
+        self._token = torch.empty(0, device="cpu", requires_grad=True)
+        self._own: list[Callable[..., Any]] = [layer.forward for layer in layers]
+        for index, layer in enumerate(layers):
+            layer.forward = partial(self._forward, index)
+
+    @property
+    def streams(self) -> bool:
+        """Do weights come and go?"""
+        return not isinstance(self.weights, Resident)
+
+    def remove(self) -> None:
+        """The layers run as they were made to."""
+        for layer in self.layers:
+            del layer.forward
+
+    def recompute(self, boundaries: Boundaries | None) -> None:
+        """In training mode, recompute each layer in the backward, its input kept by `boundaries`; None: no more."""
+        if self.boundaries is not None:
+            self.boundaries.clear()
+        self.boundaries = boundaries
+        self._trained = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
+        self._random = [_draws(layer) for layer in self.layers]
+        self._unread: dict[Any, bool] = {}
+
+    def unread(self, index: int) -> bool:
+        """Is what the layer's tiled MLP gives known to be read by nobody, when the layer is recomputed?"""
+        return self._unread.get(_kind(self.layers[index]), False)
+
+    def learn(self, index: int, found: bool) -> None:
+        """What the first layer of a kind tells."""
+        self._unread.setdefault(_kind(self.layers[index]), found)
+
+    def _forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        if self.boundaries is None or not (torch.is_grad_enabled() and self.layers[index].training):
+            return self.run(index, args, kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        if not places and not self._trained[index]:
+            with torch.no_grad():
+                return self.run(index, args, kwargs)
+        if not places:  # the first trained layer: its input is not learned, but must be kept as others are
+            places = [next(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point())]
+        call = _Call(self, self.boundaries, index, leaves, spec, places)
+        given = [leaves[i] for i in places]
+        for i in places:
+            leaves[i] = None  # the call must not keep what the boundaries put aside
+        flat = _Recomputed.apply(call, self._token, *given)
+        return tree_unflatten(list(flat), call.out)
+
+    def run(self, index: int, args: Any, kwargs: Any) -> Any:
+        """The layer's own forward pass, its weights there for as long as it takes."""
+        self.weights.enter(index, backward=False)
+        try:
+            return self._own[index](*args, **kwargs)
+        finally:
+            self.weights.leave(index)
+
+
+class _Call:
+    """One call of a layer, to be made again: its arguments but for those at `places`, and what came out."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        boundaries: Boundaries,
+        index: int,
+        leaves: list[Any],
+        spec: TreeSpec,
+        places: list[int],
+    ) -> None:
+        self.layers, self.boundaries, self.index = layers, boundaries, index
+        self.leaves, self.spec, self.places = leaves, spec, places
+        self.state = _random_state() if layers._random[index] else None
+        self.out: TreeSpec
+        self.kept: Kept
+
+    def arguments(self, given: tuple[Tensor, ...] | list[Tensor]) -> tuple[Any, Any]:
+        leaves = list(self.leaves)
+        for place, x in zip(self.places, given, strict=True):
+            leaves[place] = x
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+class _Recomputed(torch.autograd.Function):
+    """call, token, the inputs that may be learned -> the tensors of the layer's output."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, token: Tensor, *given: Tensor) -> tuple[Any, ...]:
+        out = call.layers.run(call.index, *call.arguments(given))
+        flat, call.out = tree_flatten(out)
+        ctx.call = call
+        call.kept = call.boundaries.put(ctx, given)
+        return tuple(flat)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        call: _Call = ctx.call
+        layers, needed = call.layers, ctx.needs_input_grad[2:]
+        given = [
+            x.detach().requires_grad_(ask) for x, ask in zip(call.boundaries.take(ctx, call.kept), needed, strict=True)
+        ]
+        layers.weights.enter(call.index, backward=True)
+        try:
+            with torch.enable_grad(), _Replayed(call.state), blank(layers.unread(call.index)):
+                args, kwargs = call.arguments(given)
+                flat = tree_flatten(layers._own[call.index](*args, **kwargs))[0]
+            layers.learn(call.index, len(flat) == 1 and unread(flat[0]))
+            pairs = [(y, g) for y, g in zip(flat, grads, strict=True) if isinstance(y, Tensor) and y.requires_grad]
+            del flat, args, kwargs, grads
+            ys, gs = [y for y, _ in pairs], [g for _, g in pairs]
+            del pairs
+            torch.autograd.backward(ys, gs)
+        finally:
+            layers.weights.leave(call.index)
+        return (None, None, *[x.grad for x in given])
+
+
+def _kind(layer: nn.Module) -> tuple[type, ...]:
+    """Layers of a kind are put together alike."""
+    return type(layer), *map(type, layer.children())
+
+
+def layers_of(model: nn.Module) -> Layers | None:
+    """What runs the layers of a model, where something does."""
+    return getattr(model, "qtune_layers", None)
+
+
+def device_of(model: Any) -> torch.device:
+    """The device that a causal model computes on, wherever its weights wait."""
+    head = model.get_output_embeddings()
+    for module in head.modules():
+        if isinstance(module, QuantLinear):
+            return module.device
+    return next(head.parameters()).device  # type: ignore[no-any-return]
+
+
+def run_layers(model: nn.Module, weights: Weights | None = None) -> Layers:
+    """Let the decoder layers of a model be run by `Layers`. Raises QtuneError where it keeps them in no list."""
+    layers = Layers(decoder_layers(model)[1], weights or Resident())
+    model.qtune_layers = layers  # type: ignore[assignment]
+    return layers
+
+
+def leave_layers(model: nn.Module) -> None:
+    """Undo `run_layers`."""
+    layers = layers_of(model)
+    if layers is not None:
+        layers.remove()
+        del model.qtune_layers
+
+
+# ---- dropout
+
+
+def _draws(layer: nn.Module) -> bool:
+    """Does a layer draw random numbers? Dropout is a module's `p`, or a number that its attention hands on."""
+    names = ("attention_dropout", "attn_dropout", "resid_dropout", "dropout")
+    for module in layer.modules():
+        p = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else None
+        if p or any(isinstance(v := getattr(module, name, None), float) and v > 0 for name in names):
+            return True
+    return False
+
+
+def _random_state() -> list[Tensor]:
+    """Of the CPU, and of the current CUDA device where there is one in use."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else states
+
+
+class _Replayed:
+    """The random numbers of the forward pass once more; those of now afterwards. None: nothing is drawn."""
+
+    def __init__(self, state: list[Tensor] | None) -> None:
+        self.state = state
+
+    def __enter__(self) -> None:
+        if self.state is not None:
+            self.now = _random_state()
+            _restore(self.state)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.state is not None:
+            _restore(self.now)
+
+
+def _restore(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])

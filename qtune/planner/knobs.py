@@ -1,0 +1,218 @@
+"""The knobs of a recipe that memory hangs on: their values beside the recipe's own, in words, and what each costs.
+
+KNOBS is the order in which `fit` climbs: what costs the user least comes first; what changes what is learned (low bits,
+length, rank) last. `both_ways` is what `explain` shows: each knob alone, up and down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..adapters import METHODS
+from ..quant import Average, Mixed, Storage, scheme_from
+from ..recipe import Recipe
+from ..starting import wants
+from .plan import Shape
+from .request import Request, scheme_tree
+
+Change = dict[str, Any]  # recipe key -> value
+FOUR_BITS = ("nf4", "fp4")
+LOW_BITS = ("int3", "int2")  # the groups of whole steps, which QWHA's authors start from
+LENGTH_FLOOR, RANK_FLOOR = 256, 4  # --fit goes no lower: below, a run is another task than the one asked for
+PLACED = {
+    "boundaries": "layers' inputs", "weights": "layers' weights", "embeddings": "input table", "optimizer": "optimizer",
+}  # fmt: skip
+MLP_TILES = (2048, 512)  # tokens: below, products are too small to be quick
+
+
+@dataclass(frozen=True)
+class Level:
+    """One value of a knob. words: the change as a person reads it; cost: what the user pays for it."""
+
+    change: Change
+    words: str
+    cost: str
+
+
+def checkpointing(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    if not recipe.train.checkpointing:
+        yield Level({"train.checkpointing": True}, "checkpointing on", "a second forward pass")
+
+
+def boundaries(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    if recipe.train.checkpointing:
+        yield from _elsewhere(recipe, "boundaries", kind, "layers' inputs", "are copied out and back")
+
+
+def weights(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    if recipe.train.checkpointing:
+        yield from _elsewhere(recipe, "weights", kind, "layers' weights", "are copied in twice a micro-batch")
+
+
+def states(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    if kind != "cpu" and recipe.memory.optimizer == "device":
+        yield Level({"memory.optimizer": "host"}, "optimizer on the host", "states are copied in and out each step")
+
+
+def table(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    if kind != "cpu" and recipe.memory.embeddings == "device":
+        yield Level({"memory.embeddings": "host"}, "input table on the host", "rows are copied in")
+
+
+def early(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    keys = recipe.train
+    if not keys.update_in_backward and keys.accumulate == 1:
+        change = {"train.update_in_backward": True, "train.clip": None}
+        yield Level(change, "updates in the backward", "gradients are not clipped")
+
+
+def _elsewhere(recipe: Recipe, key: str, kind: str, what: str, cost: str) -> Iterator[Level]:
+    """To the host, which on a CPU is the device itself, and to disk."""
+    at = getattr(recipe.memory, key)
+    if at == "device" and kind != "cpu":
+        yield Level({f"memory.{key}": "host"}, f"{what} on the host", cost)
+    if at == "device" and kind == "cpu":
+        yield Level({f"memory.{key}": "disk"}, f"{what} on disk", "are read from a file's pages")
+
+
+def mlp_tile(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    for tokens in MLP_TILES:
+        if tokens < min(shape.tokens, recipe.memory.mlp_tile or shape.tokens):
+            yield Level({"memory.mlp_tile": tokens}, f"MLPs in tiles of {tokens:,} tokens", "smaller products")
+
+
+def optimizer(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    if recipe.train.optimizer == "adamw":
+        yield Level({"train.optimizer": "adamw8"}, "optimizer adamw8", "8-bit states")
+
+
+def micro_batch(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    rows, times = recipe.train.micro_batch or 1, recipe.train.accumulate
+    tokens = recipe.train.micro_tokens or 0
+    while (tokens := tokens // 2) >= shape.length:
+        change = {"train.micro_tokens": tokens, "train.accumulate": (recipe.train.micro_tokens or 0) // tokens * times}
+        yield Level(change, f"micro-batches of {tokens:,} tokens", "smaller products")
+    for fewer in range(rows - 1, 0, -1):
+        if rows % fewer == 0:  # the same examples in each step
+            more = times * rows // fewer
+            change = {"train.micro_batch": fewer, "train.accumulate": more}
+            yield Level(change, f"micro-batch {fewer}, accumulate {more}", "smaller products")
+
+
+def embeddings(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    held = recipe.embeddings.name if recipe.embeddings else None
+    if held is None:
+        yield Level({"scheme.embeddings": "int8"}, "embeddings in int8", "rounded to 8 bits")
+    if held not in FOUR_BITS:
+        yield Level({"scheme.embeddings": "nf4"}, "embeddings in nf4", "rounded to 4 bits")
+
+
+def samples(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    """Too few for the widest layer are refused when they are planned."""
+    samples = recipe.calibrate.samples if wants(recipe.adapter, recipe.calibrate.codes) else 0
+    while (samples := samples // 2) >= 1:
+        words = f"{samples} calibration window{'s' * (samples > 1)}"
+        yield Level({"calibrate.samples": samples}, words, "starts from less text")
+
+
+def scheme(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    if _bits(recipe.scheme) > scheme_from("nf4").code_bits:
+        yield _stored(recipe, "nf4")
+
+
+def low_bits(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    for name in LOW_BITS:
+        if _bits(recipe.scheme) > scheme_from(name).code_bits:
+            yield _stored(recipe, name)
+
+
+def _stored(recipe: Recipe, name: str) -> Level:
+    """All layers under one scheme. At few bits the start decides: where it is the identity, others are named."""
+    bits = scheme_from(name).code_bits
+    cost = "not rounded" if name == "dense" else f"rounded to {bits:g} bits"
+    if name in LOW_BITS and METHODS[recipe.adapter.method].bound is None:
+        cost += "; better with adapter.method=qwha or cloq"
+    return Level({"scheme": scheme_tree(recipe, name)}, f"scheme {name}", cost)
+
+
+def _bits(scheme: Storage) -> float:
+    """Bits of a code, where schemes are mixed the most that a layer has."""
+    if isinstance(scheme, Average):
+        return scheme.bits
+    if isinstance(scheme, Mixed):
+        return max(one.code_bits for one in (scheme.default, *(one for _, one in scheme.rules)))
+    return scheme.code_bits
+
+
+def length(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    length = recipe.data.max_length
+    while (length := length // 2) >= LENGTH_FLOOR:
+        if length < shape.length:
+            change = {"data.max_length": length}
+            yield Level(change, f"max_length {length:,}", "examples are cut")
+
+
+def rank(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    options = recipe.adapter.options
+    rank = options.get("rank", 0)
+    while (rank := rank // 2) >= RANK_FLOOR:
+        change = {"adapter.rank": rank}
+        if "alpha" in options:  # the update is scaled by alpha / rank: that stays
+            change["adapter.alpha"] = options["alpha"] * rank / options["rank"]
+        yield Level(change, f"rank {rank}", "learns less")
+
+
+Knob = Callable[[Recipe, Shape, str], Iterator[Level]]
+KNOBS: tuple[Knob, ...] = (
+    checkpointing, table, boundaries, mlp_tile, optimizer, states, micro_batch, samples, weights, embeddings, scheme,
+    low_bits, length, rank,
+)  # fmt: skip
+LAST = (low_bits, length, rank)  # they change what is learned, or how well
+
+
+# ---- one knob at a time
+
+
+def both_ways(request: Request) -> Iterator[Level]:
+    """Every knob alone, up and down, from the recipe as it is."""
+    recipe, keys, kind = request.recipe, request.recipe.train, request.device.kind
+    for knob in (checkpointing, table, boundaries, weights, optimizer, states, early, scheme, low_bits):
+        yield from knob(recipe, request.shape(), kind)
+    for few in (mlp_tile, micro_batch, samples, length, rank):  # one level down is enough to see what a knob does
+        yield from list(few(recipe, request.shape(), kind))[:1]
+    yield from embeddings(recipe, request.shape(), kind)
+    if keys.checkpointing and recipe.memory.weights == "device":
+        yield Level({"train.checkpointing": False}, "checkpointing off", "faster")
+    for key, what in PLACED.items():
+        if getattr(recipe.memory, key) != "device":
+            yield Level({f"memory.{key}": "device"}, f"{what} on the device", "no copies")
+    if recipe.memory.mlp_tile is not None:
+        yield Level({"memory.mlp_tile": None}, "MLPs whole", "larger products")
+    if keys.optimizer == "adamw8":
+        yield Level({"train.optimizer": "adamw"}, "optimizer adamw", "fp32 states and masters")
+    elif keys.master_weights and recipe.dtype == "bfloat16":
+        yield Level({"train.master_weights": False}, "no master weights", "small updates are lost")
+    if recipe.embeddings is not None:
+        yield Level({"scheme.embeddings": None}, "embeddings dense", "not rounded")
+    for name in ("nf4", "int8", "dense"):
+        if recipe.scheme.name != name and (name != "nf4" or _bits(recipe.scheme) < scheme_from(name).code_bits):
+            yield _stored(recipe, name)
+    if recipe.calibrate.codes != "nearest":
+        yield Level({"calibrate.codes": "nearest"}, "codes nearest", "rounded without regard to the inputs")
+    if tokens := keys.micro_tokens:
+        yield Level({"train.micro_tokens": 2 * tokens}, f"micro-batches of {2 * tokens:,} tokens", "larger products")
+    if rows := keys.micro_batch:
+        yield Level({"train.micro_batch": 2 * rows}, f"micro-batch {2 * rows}", "larger products")
+    longer = 2 * recipe.data.max_length
+    if request.lengths is None and longer <= positions(request):
+        yield Level({"data.max_length": longer}, f"max_length {longer:,}", "fewer examples are cut")
+    if more := 2 * recipe.adapter.options.get("rank", 0):
+        yield Level({"adapter.rank": more}, f"rank {more}", "learns more")
+
+
+def positions(request: Request) -> int:
+    """The longest sequence that the model takes."""
+    limit = getattr(request.model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else 2**30

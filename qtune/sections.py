@@ -1,0 +1,127 @@
+"""The sections of a recipe: what each key of data, calibrate, train and memory means and may hold, stated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .keys import key
+from .quant.calibrate import CODES
+
+PLACES = ("device", "host", "disk")
+
+
+@dataclass(frozen=True)
+class DataKeys:
+    """What is learned from."""
+
+    train: str | None = key("file", "training records; required for training", None, null=True)
+    eval: str | None = key("file", "held-out records for the evaluation loss", None, null=True)
+    max_length: int = key("whole", "longest example in tokens; longer ones are cut on the right", 512, low=2)
+    loss_on: str = key("choice", "what is learned: the answers, or everything", "answer", legal=("answer", "all"))
+    template: str | None = key(
+        "text", "a chat template, or a file with one, in place of the tokenizer's", None, null=True
+    )
+
+
+@dataclass(frozen=True)
+class CalibrateKeys:
+    """How codes are chosen, and the text that tells what layers see: for codes and for starts that ask for it."""
+
+    codes: str = key("choice", "how the codes of packed weights are chosen", "nearest", legal=CODES)
+    data: str | None = key("file", "text to calibrate on, in a format of data.train; null: data.train", None, null=True)
+    samples: int = key("whole", "windows of text", 64, low=1)
+    length: int = key("whole", "tokens of a window", 512, low=2)
+
+
+@dataclass(frozen=True)
+class TrainKeys:
+    """How it is learned. With neither steps nor epochs: one epoch."""
+
+    steps: int | None = key("whole", "optimizer steps; set this or epochs", None, low=1, null=True)
+    epochs: float | None = key(
+        "number", "passes over the data, may be a fraction; set this or steps", None, above=0, null=True
+    )
+    micro_batch: int | None = key(
+        "whole", "examples in one forward pass; null where micro_tokens says it", 4, low=1, null=True
+    )
+    micro_tokens: int | None = key(
+        "whole", "in place of micro_batch: as many examples as fit into so many tokens, padding counted", None, low=2,
+        null=True,
+    )  # fmt: skip
+    accumulate: int = key("whole", "micro-batches in one optimizer step", 1, low=1)
+    lr: float = key("number", "peak learning rate", 2.0e-4, above=0)
+    schedule: str = key("choice", "learning rate after the warmup", "cosine", legal=("constant", "linear", "cosine"))
+    warmup: float = key("warmup", "rise of the learning rate: a fraction of the run if below 1, else steps", 0.03)
+    weight_decay: float = key("number", "decoupled weight decay, of matrices only", 0.0, low=0)
+    betas: tuple[float, float] | None = key(
+        "betas", "two decay rates of the optimizer; null: 0.9 and 0.999, of lion 0.9 and 0.99; adafactor has none",
+        None, null=True,
+    )  # fmt: skip
+    clip: float | None = key("number", "largest norm of the gradient; null: no clipping", 1.0, above=0, null=True)
+    checkpointing: bool = key("flag", "recompute activations in the backward pass: less memory, more time", True)
+    optimizer: str = key(
+        "choice",
+        "adamw; adamw8: two bytes of state a value; lion: one state, and wants a third to a tenth of adamw's lr; "
+        "adafactor: states of rows and columns. bf16 weights have fp32 masters or, with adamw8, are rounded "
+        "stochastically",
+        "adamw",
+        legal=("adamw", "adamw8", "lion", "adafactor"),
+    )
+    master_weights: bool = key(
+        "flag", "keep bf16 weights in fp32 as well; without, updates below 1/256 of a weight are lost (not by adamw8, "
+        "which needs none)", True,
+    )  # fmt: skip
+    update_in_backward: bool = key(
+        "flag", "update each layer as soon as its gradient is whole and release that: no more than a layer's gradients "
+        "are there; where a gradient is not finite, the layers above it are updated already",
+        False,
+    )  # fmt: skip
+    max_skipped: int = key(
+        "whole", "steps in a row that are skipped because loss or gradient is not finite; one more stops the run", 3,
+        low=0,
+    )  # fmt: skip
+    label_smoothing: float = key(
+        "number", "part of each target that is spread evenly over the vocabulary", 0.0, low=0, below=1
+    )
+    z_loss: float = key(
+        "number", "times log(sum(exp(logits)))^2 is added at each trained position, as PaLM did with 1e-4", 0.0, low=0
+    )
+    seed: int = key("whole", "seed of first values, dropout and the order of the data", 0, low=0)
+    eval_every: int | None = key("whole", "steps between evaluations; null: only at the end", None, low=1, null=True)
+    eval_at_start: bool = key("flag", "with data.eval: also evaluate before the first step", True)
+    save_every: int | None = key(
+        "whole", "steps between saves of the adapter; null: ten times in a run", None, low=1, null=True
+    )
+    log_every: int = key("whole", "steps between lines of metrics", 1, low=1)
+    dry_step: bool | None = key(
+        "flag", "before the first step, try the largest micro-batch of the data and forget it; null: on CUDA", None,
+        null=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemoryKeys:
+    """What waits elsewhere than on the device, and what is done in parts. host: the machine's memory (on a CPU the same
+    as device); disk: files in `folder`, mapped into memory and gone when the run ends."""
+
+    weights: str = key(
+        "choice", "where the decoder layers' packed weights wait; elsewhere than device: streamed layer by layer",
+        "device", legal=PLACES,
+    )  # fmt: skip
+    boundaries: str = key(
+        "choice", "with train.checkpointing: where each layer's input waits for the backward pass", "device",
+        legal=PLACES,
+    )  # fmt: skip
+    embeddings: str = key("choice", "where the input table lies; rows are gathered there", "device", legal=PLACES[:2])
+    optimizer: str = key(
+        "choice", "where the optimizer's states and fp32 masters wait between updates", "device", legal=PLACES[:2]
+    )
+    mlp_tile: int | None = key(
+        "whole", "tokens that go through a gated MLP at a time, and again in the backward pass; null: all", None,
+        low=1, null=True,
+    )  # fmt: skip
+    loss_chunk: int | None = key(
+        "whole", "trained positions whose logits are made at a time; null: by the vocabulary, on CUDA at least 512",
+        None, low=1, null=True,
+    )  # fmt: skip
+    folder: str | None = key("text", "where the files of disk lie; null: output", None, null=True)
