@@ -17,7 +17,7 @@ PY := $(VENV)/bin/python
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is one of:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' Makefile
 
 demo: setup ## fine-tune a small model on an NF4 base, merge and verify it (minutes on 2 CPU cores)
 	@$(PY) -m qtune demo

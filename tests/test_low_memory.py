@@ -338,3 +338,22 @@ def test_a_run_is_the_same_wherever_things_wait(tmp_path: Path) -> None:
     tiled = losses("tiles", memory__mlp_tile=8)
     assert tiled == pytest.approx(want, rel=1e-5)
     assert not [path for path in (tmp_path / "disk").iterdir() if path.name.startswith("tmp")]
+
+
+@pytest.mark.slow
+def test_twenty_steps_with_every_knob(tmp_path: Path) -> None:
+    """All knobs that change no arithmetic give the losses to the bit, tiles and another order of rows to a bound."""
+
+    def losses(name: str, **changes: Any) -> list[float]:
+        settings = {"train__steps": 20, "train__clip": None, "train__lr": 1e-3, **changes}
+        return train(runs_helper.recipe(tmp_path, output=str(tmp_path / name), **settings)).losses
+
+    want = losses("plain")
+    exact = {
+        "memory__weights": "disk", "memory__boundaries": "disk", "memory__embeddings": "host",
+        "memory__optimizer": "host", "train__update_in_backward": True, "train__dry_step": True,
+    }  # fmt: skip
+    assert losses("exact", **exact) == want
+    assert losses("off", train__checkpointing=False) == want
+    everything = exact | {"memory__mlp_tile": 8, "memory__loss_chunk": 3}
+    assert losses("everything", **everything) == pytest.approx(want, rel=1e-4)
