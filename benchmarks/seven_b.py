@@ -6,8 +6,9 @@ of 1 x 512 tokens with resident and with streamed weights, planned and measured,
 The checkpoint is written packed (3.9 GB), tensor by tensor; layers of one shape share their random weights. Each mode
 is a process of its own. Peak: resident memory of the whole process, pages of mapped files included. Limit: 6 FLOP a
 weight and token (forward, again, gradient of the input; 4 for the head), at the speed that bf16 products of the
-layers' own shapes reach here, measured after each step. --stock: only transformers + PEFT + bitsandbytes, which load the same folder. On a GPU:
-allocated and reserved bytes of torch's allocator in place of the process, and also at --tokens 2048 and longer.
+layers' own shapes reach here, measured after each step. --stock: only transformers + PEFT + bitsandbytes, which load
+the same folder. On a GPU: allocated and reserved bytes of torch's allocator in place of the process; also for --tokens
+2048 and longer.
 """
 
 from __future__ import annotations
