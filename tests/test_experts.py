@@ -186,7 +186,14 @@ def test_all_linear_leaves_experts_out(tmp_path: Path) -> None:
     assert len(find_sites(model, ["*.experts.*.down_proj"])) == 8
 
 
-@pytest.mark.parametrize(("family", "targets"), [("qwen3-moe", "all-linear"), ("mixtral", BOTH), ("granitemoe", BOTH)])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        pytest.param("qwen3-moe", "all-linear", marks=pytest.mark.slow),
+        ("mixtral", BOTH),
+        pytest.param("granitemoe", BOTH, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_with_experts_is_merged_and_verified(family: str, targets: Any, tmp_path: Path) -> None:
     adapter = {"method": "lora", "rank": 4, "targets": list(targets) if targets is BOTH else targets}
     recipe = runs_helper.recipe(tmp_path, family, adapter=adapter, train__steps=4, train__lr=3e-2)
@@ -251,7 +258,10 @@ def balanced(model: Any) -> None:
         gate.register_forward_hook(routed)
 
 
-@pytest.mark.parametrize(("targets", "checkpointing"), [(("all-linear",), True), (BOTH, True), (BOTH, False)])
+@pytest.mark.parametrize(
+    ("targets", "checkpointing"),
+    [(BOTH, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((("all-linear",), True), (BOTH, False)))],
+)
 def test_the_trace_on_meta_is_that_of_the_real_step(targets: Any, checkpointing: bool, tmp_path: Path) -> None:
     tiny.saved("qwen3-moe", tmp_path)
     real, keys = load(tmp_path, NF4()), TrainKeys(checkpointing=checkpointing)

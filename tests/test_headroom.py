@@ -358,7 +358,9 @@ def test_a_plan_is_of_the_segments_that_train_has(unset: pytest.MonkeyPatch, tmp
 # ---- nothing takes more than training
 
 
-@pytest.fixture(scope="module", params=["llama", pytest.param("gemma2", marks=pytest.mark.slow), "gpt2"])
+@pytest.fixture(
+    scope="module", params=["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gemma2", "gpt2"))]
+)
 def peaks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Most bytes alive, by the tracer over real runs on this CPU: of training, and of what else a run does."""
     root = tmp_path_factory.mktemp("room")

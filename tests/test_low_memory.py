@@ -89,7 +89,9 @@ def same(ours: Found, others: Found) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3-moe", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gemma2", "gpt2"))]
+)
 def test_layers_are_recomputed_as_transformers_does_it(tmp_path: Path, family: str) -> None:
     tiny.saved(family, tmp_path)
     want = stepped(adapted(tmp_path), theirs)

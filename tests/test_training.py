@@ -25,6 +25,7 @@ from qtune.model import load
 from qtune.optim import Optimizer, lr_factor
 from qtune.quant import NF4, Dense, QuantLinear
 from qtune.recipe import Recipe
+from qtune.sections import MemoryKeys, TrainKeys
 from qtune.step import LanguageModel, NonFinite, TrainStep
 from qtune.trainer import Trainer, train
 
@@ -122,8 +123,9 @@ def test_evaluation_knows_no_smoothing_and_keeps_to_the_chunk(monkeypatch: pytes
     keys = Recipe.load(
         {"model": "x"}, ["train.label_smoothing=0.2", "train.z_loss=1e-3", "memory.loss_chunk=5"], training=False
     )
-    options = loss_options(keys.train, keys.memory)
+    options = loss_options(keys.train, keys.memory, "cpu")
     assert options == LossOptions(5, 0.2, 1e-3)
+    assert loss_options(TrainKeys(), MemoryKeys(), "cuda").rows(128256) == 512
     model, seen = tiny.model("llama"), []
     plain, smoothed = LanguageModel(model), LanguageModel(model, options)
     head = model.get_output_embeddings()
