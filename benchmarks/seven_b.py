@@ -6,9 +6,8 @@ of 1 x 512 tokens with resident and with streamed weights, planned and measured,
 The checkpoint is written packed (3.9 GB), tensor by tensor; layers of one shape share their random weights. Each mode
 is a process of its own. Peak: resident memory of the whole process, pages of mapped files included. Limit: 6 FLOP a
 weight and token (forward, again, gradient of the input; 4 for the head), at the speed that bf16 products of the
-layers' own shapes reach here, measured after each step. --stock: only transformers + PEFT + bitsandbytes, which load
-the same folder. On a GPU: allocated and reserved bytes of torch's allocator in place of the process; also for --tokens
-2048 and longer.
+layers' own shapes reach here. --stock: only transformers + PEFT + bitsandbytes, which load the same folder. On a GPU:
+allocated and reserved bytes of torch's allocator in place of the process, and also at --tokens 2048 and longer.
 """
 
 from __future__ import annotations
@@ -191,14 +190,13 @@ def stepped(step: Any, model: Any, options: Any, device: Any) -> dict[str, Any]:
 
     ids = torch.randint(SHAPE["vocab_size"], (1, options.tokens), generator=torch.Generator().manual_seed(0)).to(device)
     batch = SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
-    seconds, losses, limits = [], [], []
+    seconds, losses = [], []
     for _ in range(options.steps):
         before = time.perf_counter()
         losses.append(step(batch))
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - before)
-        limits.append(limit(options, device))  # between the steps: what the machine does changes from minute to minute
     if device.type == "cuda":
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     else:
@@ -207,7 +205,7 @@ def stepped(step: Any, model: Any, options: Any, device: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "first_seconds": seconds[0],
         "step_seconds": statistics.median(seconds[1:] or seconds), "losses": losses, "peak": peak,
-        "reserved": reserved, "limit_seconds": statistics.mean(limits),
+        "reserved": reserved, "limit_seconds": limit(options, device),
     }  # fmt: skip
 
 
