@@ -23,7 +23,7 @@ from .adapters.sites import begin, build, place
 from .checkpoint import Piece
 from .errors import QtuneError, one_of
 from .model.layerwise import Grams, Layerwise, decoder_layers
-from .model.loading import Aside, Packing, Progress, give_back, load, tie
+from .model.loading import Aside, Packing, Progress, give_back, load, packed_sites, tie
 from .quant import QuantLinear, Scheme, Storage
 from .quant.calibrate import CODES, choose, refuses, too_little
 from .screen import Screen
@@ -106,7 +106,7 @@ class Starting(Packing):
         self._refuse_little(layers)
         self.walk = Layerwise(model, self.windows, device)
         self.layer_of = {target: inside.match(target) for piece in pieces for target in piece.targets}
-        self.within = {layer.name for layer in _linears(self.walk.layers).values()}
+        self.within = {layer.name for layer in packed_sites(self.walk.layers).values()}
         ordered = sorted(pieces, key=lambda p: int(m[1]) if (m := self.turn(p)) else -1)
         self.left = [0] * len(layers)
         for piece in pieces:
@@ -139,7 +139,7 @@ class Starting(Packing):
     def _refuse_codes(self, inside: re.Pattern[str]) -> None:
         """Codes are chosen inside of the layers, where the inputs are known, and where there are any: a layer that a
         mixture leaves dense stays so."""
-        layers = [layer for name, layer in _linears(self.model).items() if inside.match(name)]
+        layers = [layer for name, layer in packed_sites(self.model).items() if inside.match(name)]
         why = {refuses(layer.scheme, self.codes) for layer in layers}
         if "" not in why:
             raise QtuneError("; ".join(sorted(why)))
@@ -157,7 +157,7 @@ class Starting(Packing):
         rows: int = self.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         if not self.windows.is_meta and not 0 <= int(self.windows.min()) <= int(self.windows.max()) < rows:
             raise QtuneError(f"windows hold token {int(self.windows.max())}; the model has tokens 0 to {rows - 1}")
-        sites = self.sites.values() if self.codes == "nearest" else _linears(layers).values()
+        sites = self.sites.values() if self.codes == "nearest" else packed_sites(layers).values()
         message = too_little(self.windows.numel(), max(layer.in_features for layer in sites))
         if message:
             raise QtuneError(message)
@@ -220,7 +220,7 @@ class Starting(Packing):
     def _layer(self, index: int) -> None:
         if index == 0:
             tie(self.model, self.ties, self.device)
-        sites = {layer.name: layer for layer in _linears(self.walk.layers[index]).values()}
+        sites = {layer.name: layer for layer in packed_sites(self.walk.layers[index]).values()}
         with Grams(sites, self.held) as grams:
             self.walk.pass_through(index, advance=False)
         for name, layer in sites.items():
@@ -229,11 +229,6 @@ class Starting(Packing):
         if index + 1 < len(self.walk.layers):
             self.walk.pass_through(index, advance=True)
         give_back()  # what a start frees lies in pieces between what stays
-
-
-def _linears(module: torch.nn.Module) -> dict[str, QuantLinear]:
-    """Packed layers by name, those under an adapter included."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, QuantLinear)}
 
 
 # ---- what a start did

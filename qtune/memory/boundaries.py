@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import MappedFile
-from .host import DEVICE, DISK, HOST, host_empty
+from .files import Elsewhere
+from .host import DISK, is_here
 
 
 @dataclass(eq=False)
@@ -48,12 +48,10 @@ class Boundaries:
 
 
 class Away(Boundaries):
-    """In host memory (page-locked on CUDA), or with `file` in a mapped file."""
+    """In host memory (page-locked on CUDA), or with `folder` in a mapped file."""
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
-        self.device, self.place = device, HOST if folder is None else DISK
-        meta = device.type == "meta"
-        self.file = None if folder is None or meta else MappedFile(folder, "the inputs of layers")
+        self.device, self.there = device, Elsewhere(device, folder, "the inputs of layers")
         self._stack: list[weakref.ref[Kept]] = []
         self.free: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -63,9 +61,8 @@ class Away(Boundaries):
             self._left(self.stack[-1])
         kept = Kept([self._buffer(x) for x in tensors], leaving=tensors)
         self._copy(zip(kept.away, tensors, strict=True), kept)
-        if self.file is not None:
-            for buffer in kept.away:
-                self.file.release(buffer)
+        for buffer in kept.away:
+            self.there.release(buffer)
         self._stack.append(weakref.ref(kept))
         return kept
 
@@ -120,17 +117,12 @@ class Away(Boundaries):
 
     def _buffer(self, x: Tensor) -> Tensor:
         free = self.free.setdefault((tuple(x.shape), x.dtype), [])
-        if free:
-            return free.pop()
-        if self.file is not None:
-            return self.file.empty(x.numel() * x.element_size()).view(x.dtype).view(x.shape)
-        return host_empty(x.shape, x.dtype, x.device, self.place)
+        return free.pop() if free else self.there.empty(x.shape, x.dtype)
 
     def _drop(self, kept: Kept) -> None:
         """Its buffers are free for others. The copy out of them is over before the next one into them: one stream."""
         for buffer in kept.away:
-            if self.file is not None:
-                self.file.release(buffer)
+            self.there.release(buffer)
             self.free.setdefault((tuple(buffer.shape), buffer.dtype), []).append(buffer)
         kept.away = []
 
@@ -138,6 +130,6 @@ class Away(Boundaries):
 def boundaries_of(place: str, kind: str, device: torch.device, folder: Path) -> Boundaries:
     """What `memory.boundaries` asks for. kind: of the device that trains; device: where the tensors are (a plan's are
     on meta); folder: of the file."""
-    if place == DEVICE or (place == HOST and kind == "cpu"):
+    if is_here(place, kind):
         return Boundaries()
     return Away(device, folder if place == DISK else None)

@@ -10,6 +10,8 @@ import mmap
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,36 @@ from torch import Tensor
 
 from ..errors import QtuneError
 from ..screen import size
-from .host import DISK, mark
+from .host import DISK, HOST, host_empty, mark
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 RELEASE = getattr(mmap, "MADV_DONTNEED", None)
 FETCH = getattr(mmap, "MADV_WILLNEED", None)
+
+
+class Elsewhere:
+    """Tensors that wait for `device` in host memory, or with `folder` in a mapped file; on meta, where a plan runs, in
+    neither, but marked. what: the words for errors."""
+
+    def __init__(self, device: torch.device, folder: Path | None, what: str) -> None:
+        self.device, self.place = device, HOST if folder is None else DISK
+        self.file = None if folder is None or device.type == "meta" else MappedFile(folder, what)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A fresh tensor there."""
+        if self.file is None:
+            return host_empty(shape, dtype, self.device, self.place)
+        return self.file.empty(prod(shape) * dtype.itemsize).view(dtype).view(*shape)
+
+    def release(self, tensor: Tensor) -> None:
+        """Its pages are not needed for now."""
+        if self.file is not None:
+            self.file.release(tensor)
+
+    def fetch(self, tensor: Tensor) -> None:
+        """They soon will be."""
+        if self.file is not None:
+            self.file.fetch(tensor)
 
 
 class MappedFile:
@@ -39,12 +66,6 @@ class MappedFile:
                 f"cannot write {what} to {folder}: {error.strerror or error}; set memory.folder to a writable folder"
             ) from error
         self._maps: dict[int, mmap.mmap] = {}  # address of a tensor -> its mapping
-
-    def reserve(self, nbytes: int) -> None:
-        """Raises QtuneError where the disk has no room for `nbytes` more."""
-        free = shutil.disk_usage(self.folder).free
-        if nbytes > free:
-            raise self._full(nbytes, free)
 
     def empty(self, nbytes: int) -> Tensor:
         """A fresh uint8 tensor [nbytes], zero, that begins at a page."""

@@ -65,6 +65,11 @@ def host_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, p
             ) from error
 
 
+def is_here(place: str, kind: str) -> bool:
+    """Is what a key of `memory` says the device's own memory? A CPU's is the host's. kind: of the device."""
+    return place == DEVICE or (place == HOST and kind == "cpu")
+
+
 def mark(tensor: Tensor, place: str) -> Tensor:
     """Say where the memory of a tensor is; whatever is over the same memory is there as well."""
     tensor.untyped_storage().qtune_place = place  # type: ignore[attr-defined]

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from ..model.layerwise import decoder_layers
+from ..model.loading import packed_sites
 from ..quant import QuantLinear
-from .files import MappedFile
-from .host import DEVICE, DISK, HOST, host_empty, return_freed_memory
+from .files import Elsewhere
+from .host import DISK, is_here, return_freed_memory
 from .layers import run_layers
 
 
-class Store:
+class Store(Elsewhere):
     """Where packed weights wait: host memory, or with `folder` a mapped file. device: where they are computed on; kind:
     what it is, or on meta what it stands for."""
 
     def __init__(self, device: torch.device, kind: str, folder: Path | None = None) -> None:
-        self.device, self.kind, self.place = device, kind, HOST if folder is None else DISK
-        meta = device.type == "meta"
-        self.file = None if folder is None or meta else MappedFile(folder, "the streamed weights")
+        super().__init__(device, folder, "the streamed weights")
+        self.kind = kind
         if self.file is not None and kind == "cpu":  # before loading, which would leave a heap full of holes
             return_freed_memory()
 
@@ -46,21 +46,10 @@ class Store:
 
     def keep(self, flat: Tensor) -> Tensor:
         """A packed weight, uint8 [bytes], where it waits."""
-        if self.file is None:
-            waiting = host_empty(flat.shape, flat.dtype, self.device, self.place)
-        else:
-            waiting = self.file.empty(flat.numel())
+        waiting = self.empty(flat.shape, flat.dtype)
         waiting.copy_(flat)
         self.release(waiting)
         return waiting
-
-    def release(self, tensor: Tensor) -> None:
-        if self.file is not None and not tensor.is_meta:
-            self.file.release(tensor)
-
-    def fetch(self, tensor: Tensor) -> None:
-        if self.file is not None and not tensor.is_meta:
-            self.file.fetch(tensor)
 
 
 class Mapped:
@@ -153,7 +142,7 @@ class Slots:
 
 def linears(layer: nn.Module) -> list[QuantLinear]:
     """The packed layers inside of a decoder layer."""
-    return [m for m in layer.modules() if isinstance(m, QuantLinear)]
+    return list(packed_sites(layer).values())
 
 
 def _aligned(tensor: Tensor) -> int:
@@ -163,6 +152,6 @@ def _aligned(tensor: Tensor) -> int:
 def store_of(place: str, kind: str, device: torch.device, folder: Path) -> Store | None:
     """What `memory.weights` asks for; None: the weights stay on the device. kind, device, folder: as of
     `boundaries_of`."""
-    if place == DEVICE or (place == HOST and kind == "cpu"):
+    if is_here(place, kind):
         return None
     return Store(device, kind, folder if place == DISK else None)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Piece
-from ..memory import DEVICE, DISK, HOST
+from ..memory import DISK
+from ..memory.host import is_here
 from ..model.layerwise import decoder_layers
 from ..model.loading import Fill, Packing, prepare
 from ..model.skeleton import empty
@@ -75,12 +76,10 @@ def loading_of(plan: Plan) -> Loading:
         site=lambda name: fill.site(name),
     )  # fmt: skip
     found = published(skeleton, read)
-    on_cpu = plan.device.kind == "cpu"
     packing, note = _packing(recipe)
     fill = prepare(skeleton, found, recipe.scheme, recipe.embeddings, dtype, META, packing)
     on_disk = recipe.memory.weights == DISK
-    there = (DEVICE, HOST) if on_cpu else (DEVICE,)
-    filling = _Filling(plan, fill, packing, waits=recipe.memory.weights not in there)
+    filling = _Filling(plan, fill, packing, waits=not is_here(recipe.memory.weights, plan.device.kind))
     with without_collector(), torch.no_grad(), on_meta(plan.device):
         filling.all(packing.begin(skeleton, found.pieces, {}, META))  # ties: tensors are there once as it is
     nbytes = sum(2 * prod(shape) for piece in found.pieces for shape in piece.targets.values())

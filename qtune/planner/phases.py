@@ -22,7 +22,7 @@ from ..adapters import METHODS, adapted_sites
 from ..adapters.files import FORMAT, adapter_tensors
 from ..checkpoint import NAMES, Entry
 from ..export import PROMPT_TOKENS, PROMPTS, merged_entries
-from ..memory import DEVICE, HOST, place_of
+from ..memory import DEVICE, place_of
 from ..verify import in_dtype
 from .allocator import peak_allocated
 from .layers import cut, pattern
@@ -78,7 +78,7 @@ def load_phase(plan: Plan, loading: Loading | None = None) -> Phase:
 def start_phase(plan: Plan, whole: nn.Module) -> Phase:
     """Adapter start: first values, drawn on the CPU."""
     timeline, drawn = Timeline(), Timeline()
-    for parameter in _unique(plan, whole):
+    for parameter in _unique(whole):
         timeline.born(_nbytes(parameter))
     traced: dict[Any, tuple[tuple[Trace, int], tuple[Trace, int]]] = {}
     with without_collector(), torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -94,7 +94,7 @@ def start_phase(plan: Plan, whole: nn.Module) -> Phase:
 
 def _reset(plan: Plan, site: Any, devices: tuple[str, ...] | None) -> tuple[Trace, int]:
     tracer = tracer_of(plan, devices)
-    for tensor in _unique(plan, site):
+    for tensor in _unique(site):
         tracer.adopt(tensor, "weights")
     first = len(tracer.trace.events)
     with tracer:
@@ -102,10 +102,9 @@ def _reset(plan: Plan, site: Any, devices: tuple[str, ...] | None) -> tuple[Trac
     return tracer.stop(), first
 
 
-def _unique(plan: Plan, model: nn.Module) -> list[Tensor]:
+def _unique(model: nn.Module) -> list[Tensor]:
     """What of a model lies in the device's memory."""
-    there = (DEVICE, HOST) if plan.device.kind == "cpu" else (DEVICE,)
-    return [t for t in (*model.parameters(), *model.buffers(), *slots_of(model)) if place_of(t) in there]
+    return [t for t in (*model.parameters(), *model.buffers(), *slots_of(model)) if place_of(t) == DEVICE]
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -144,7 +143,7 @@ def evaluate_trace(plan: Plan, model: Any) -> tuple[Trace, int]:
     model.eval()
     tracer = tracer_of(plan, answer=answers(shape.trained, shape.padded))
     with without_collector(), on_meta(plan.device), torch.no_grad():
-        for tensor in (*_unique(plan, model), batch.input_ids, batch.attention_mask, batch.labels):
+        for tensor in (*_unique(model), batch.input_ids, batch.attention_mask, batch.labels):
             tracer.adopt(tensor, "weights")
         first = len(tracer.trace.events)
         with tracer:
@@ -211,7 +210,7 @@ class Merging:
 
     def __init__(self, plan: Plan, whole: nn.Module) -> None:
         """What needs the whole model: its tensors, and how each entry of the merged checkpoint is made."""
-        tensors = _unique(plan, whole)
+        tensors = _unique(whole)
         self.plan, self.static = plan, [_nbytes(tensor) for tensor in tensors]
         self.casts = {
             number: 4 * tensor.numel()
@@ -275,7 +274,7 @@ class Merging:
         tracer = tracer_of(self.plan, answer=answers(1, False))
         wide = in_dtype(few, dtype) if dtype else nullcontext()
         with without_collector(), on_meta(self.plan.device), torch.no_grad(), wide:
-            for tensor in (*_unique(self.plan, few), ids):
+            for tensor in (*_unique(few), ids):
                 tracer.adopt(tensor, "weights")
             first = len(tracer.trace.events)
             with tracer:

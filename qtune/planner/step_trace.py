@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..loss import loss_options
-from ..memory import DEVICE, HOST
+from ..memory import HOST
 from ..memory.layers import device_of, layers_of
 from ..memory.stream import store_of
 from ..memory.table import table_on_host
@@ -81,8 +81,7 @@ def _name_gradients(tracer: Tracer, model: nn.Module) -> None:
 def _tracer(device: Device, on: str, answer: Any = None) -> Tracer:
     """on: where the tensors are. What is on the CPU counts where the run is to be on the CPU."""
     counted = (on, "cpu") if device.kind == "cpu" else (on,)
-    places = (DEVICE, HOST) if device.kind == "cpu" else (DEVICE,)
-    return Tracer(counted, scratch=scratch_on(device), answer=answer, places=places)
+    return Tracer(counted, scratch=scratch_on(device), answer=answer)
 
 
 def step_trace(

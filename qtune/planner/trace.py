@@ -100,7 +100,7 @@ class Trace:
 class Tracer(TorchDispatchMode):
     """Fills a Trace while it is active.
 
-    devices: the device types whose memory counts. places: of memory.host; what waits elsewhere does not count.
+    devices: the device types whose memory counts; what is marked to wait elsewhere (memory.host) does not.
     answer(op, args, maker): a result in place of an op that meta cannot
     give (`NotImplemented`: run it), where maker(args) is the op that made the first argument. scratch(op, args):
     declared bytes beside the results, by name: `temporary` is released with the op, any other is a buffer that only
@@ -113,10 +113,8 @@ class Tracer(TorchDispatchMode):
         *,
         scratch: Callable[[str, tuple[Any, ...]], Mapping[str, int]],
         answer: Callable[[str, tuple[Any, ...], Callable[..., str]], Any] | None = None,
-        places: tuple[str, ...] = (DEVICE,),
     ) -> None:
         super().__init__()
-        self.places = places
         self.trace, self.devices, self.scratch, self.answer = Trace(), devices, scratch, answer
         self._of: dict[int, int] = {}  # storage -> block
         self._refs: dict[int, weakref.ref[Any]] = {}
@@ -223,7 +221,7 @@ class Tracer(TorchDispatchMode):
             return None
         if making() != DEVICE:
             mark(tensor, making())
-        if place_of(tensor) not in self.places:
+        if place_of(tensor) != DEVICE:
             self._waits(storage, place_of(tensor))
             return None
         block = self._of[key] = self._new(storage.nbytes(), op, kind)
