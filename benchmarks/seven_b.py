@@ -6,8 +6,9 @@ of 1 x 512 tokens with resident and with streamed weights, planned and measured,
 The checkpoint is written packed (3.9 GB), tensor by tensor; layers of one shape share their random weights. Each mode
 is a process of its own. Peak: resident memory of the whole process, pages of mapped files included. Limit: 6 FLOP a
 weight and token (forward, again, gradient of the input; 4 for the head), at the speed that bf16 products of the
-layers' own shapes reach here. --stock: only transformers + PEFT + bitsandbytes, which load the same folder. On a GPU:
-allocated and reserved bytes of torch's allocator in place of the process, and also at --tokens 2048 and longer.
+layers' own shapes reach here, in processes of their own right before and after the mode: the better of the two.
+--stock: only transformers + PEFT + bitsandbytes, which load the same folder. On a GPU: allocated and reserved bytes of
+torch's allocator in place of the process, and also at --tokens 2048 and longer.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        run = stock if options.child == "stock" else ours
+        run = {"stock": stock, "limit": limit}.get(options.child, ours)
         print(json.dumps(run(options.child, options)))
         return
     with tempfile.TemporaryDirectory() as fresh:
@@ -59,13 +60,11 @@ def main() -> None:
         if not (folder / "config.json").exists():
             print(f"writing the checkpoint to {folder} ...", file=sys.stderr)
             make_checkpoint(folder, SHAPE | {"num_hidden_layers": options.layers})
-        rows = []
+        rows, before = [], child("limit", folder, options)
         for mode in ["stock"] if options.stock else MODES:
             print(f"{mode} ...", file=sys.stderr, flush=True)
-            words = [f"--{name}={getattr(options, name)}" for name in ("layers", "steps", "tokens")]
-            command = [sys.executable, __file__, "--child", mode, "--folder", str(folder), *words]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            row = json.loads(done.stdout.splitlines()[-1])
+            row, after = child(mode, folder, options), child("limit", folder, options)
+            row["limit_seconds"], before = min(before, after), after
             where = {"command": f"python benchmarks/seven_b.py{' --stock' * options.stock}", **machine()}
             rows.append({"mode": mode, "layers": options.layers, "tokens": options.tokens, **row, **where})
             print(told(rows[-1]), file=sys.stderr, flush=True)
@@ -75,6 +74,14 @@ def main() -> None:
         FOLDER.mkdir(exist_ok=True)
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *rows]))
         print(f"wrote {RESULTS}; the README's table: python benchmarks/results.py")
+
+
+def child(name: str, folder: Path, options: Any) -> Any:
+    """What a mode, or the limit, gives in a process of its own."""
+    words = [f"--{name}={getattr(options, name)}" for name in ("layers", "steps", "tokens")]
+    command = [sys.executable, __file__, "--child", name, "--folder", str(folder), *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def make_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
@@ -110,7 +117,6 @@ def make_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
 
 def ours(mode: str, options: Any) -> dict[str, Any]:
     """Load, adapt, step; planned and measured."""
-    import torch
 
     from qtune.adapters import adapt
     from qtune.memory.stream import store_of
@@ -119,13 +125,14 @@ def ours(mode: str, options: Any) -> dict[str, Any]:
     from qtune.planner.devices import find_device
     from qtune.planner.plan import Shape, plan_recipe
     from qtune.recipe import Recipe
+    from qtune.runs import pick_device
     from qtune.step import LanguageModel, TrainStep
 
     tree = {"model": str(options.folder), "scheme": "nf4", "adapter": {"method": "lora", "rank": RANK, "alpha": ALPHA}}
     memory = {"memory.folder": str(options.folder)}
     recipe = Recipe.load(tree, MODES[mode] | memory, training=False)
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind)
+    device = pick_device("auto")
+    kind = device.type
     shape = Shape(1, options.tokens, options.tokens - 1, False, "random tokens")
     plan = plan_recipe(recipe, find_device(kind), shape=shape)
     before = time.perf_counter()
@@ -183,7 +190,7 @@ def stock(mode: str, options: Any) -> dict[str, Any]:
 
 
 def stepped(step: Any, model: Any, options: Any, device: Any) -> dict[str, Any]:
-    """Steps on random tokens, the median of all but the first, beside the limit."""
+    """Steps on random tokens, the median of all but the first."""
     import statistics
 
     import torch
@@ -205,15 +212,16 @@ def stepped(step: Any, model: Any, options: Any, device: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "first_seconds": seconds[0],
         "step_seconds": statistics.median(seconds[1:] or seconds), "losses": losses, "peak": peak,
-        "reserved": reserved, "limit_seconds": limit(options, device),
+        "reserved": reserved,
     }  # fmt: skip
 
 
-def limit(options: Any, device: Any) -> float:
+def limit(mode: str, options: Any) -> float:
     """Seconds that the products of a step take: 6 FLOP a weight and token, 4 of the head's, at the speed measured for
     products of each shape."""
     import torch
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hidden, inner, vocabulary = (SHAPE[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
     total = 0.0
     for shape, flop in (

@@ -3,12 +3,12 @@
     python benchmarks/step.py [--rounds N]          prints the table, writes benchmarks/results/step.jsonl
 LoRA rank 16 on every linear layer of an NF4 base with double quantization, bf16, AdamW. SmolLM2-135M (fetched as the
 demo does) on 2 x 512 tokens of the demo's task, without and with gradient checkpointing; one layer of Llama-2-7B's
-shape (random weights) on 256 tokens. Each provider is a process of its own; they take turns, step by step, on the same
-batches from the same first A, and wait while the other runs. The PEFT stack is set up as its documentation says
-(prepare_model_for_kbit_training, autocast to bf16, torch's fused AdamW); `all bf16` leaves the preparation out. Neither
-is evaluated before it trains: on CPUs with AVX512-BF16, bitsandbytes 0.50 re-packs its weights in the first forward in
-evaluation mode, and every gradient after that is wrong. Memory: peak anonymous memory above the imports, loading left
-out.
+shape on 256 tokens and all of Llama-3.2-1B's on 512 (random weights). Each provider is a process of its own; they take
+turns, step by step, on the same batches from the same first A, and wait while the other runs. The PEFT stack is set up
+as its documentation says (prepare_model_for_kbit_training, autocast to bf16, torch's fused AdamW); `all bf16` leaves
+the preparation out. Neither is evaluated before it trains: on CPUs with AVX512-BF16, bitsandbytes 0.50 re-packs its
+weights in the first forward in evaluation mode, and every gradient after that is wrong. Memory: peak anonymous memory
+above the imports, loading left out.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from load import SHAPE, make_checkpoint
 from measure import PeakMemory, percentiles, status
 from results import FOLDER, write_rows
 
@@ -38,11 +39,13 @@ LAYER = {
     "vocab_size": 256, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1,
     "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False,
 }  # fmt: skip
+SHAPES = {"layer": LAYER, "1b": SHAPE}
 # name -> (model, batch, tokens, checkpointing)
 RECIPES: dict[str, tuple[str, int, int, bool]] = {
     "SmolLM2-135M, 2 x 512": ("smollm2", 2, 512, False),
     "SmolLM2-135M, 2 x 512, checkpointing": ("smollm2", 2, 512, True),
     "one layer of 7B shape, 1 x 256": ("layer", 1, 256, False),
+    "1B shape, 1 x 512, checkpointing": ("1b", 1, 512, True),
 }
 
 
@@ -50,9 +53,8 @@ RECIPES: dict[str, tuple[str, int, int, bool]] = {
 
 
 def make_models(folder: Path) -> None:
-    """Two bf16 checkpoints that both stacks read, and the tokens of the task."""
+    """The bf16 checkpoints that both stacks read, and the tokens of the task."""
     import torch
-    from load import make_checkpoint
 
     from qtune.demo import MODEL_FILE, fetch
     from qtune.model import load, load_tokenizer, save_quantized
@@ -63,7 +65,8 @@ def make_models(folder: Path) -> None:
     path = folder / "demo" / "model" / MODEL_FILE
     tokenizer = load_tokenizer(path)
     save_quantized(load(path, Dense("bfloat16"), dtype=torch.bfloat16), tokenizer, folder / "smollm2")
-    make_checkpoint(folder / "layer", LAYER)
+    for name, shape in SHAPES.items():
+        make_checkpoint(folder / name, shape)
     records = (folder / "demo" / "train.jsonl").read_text("utf-8").splitlines()
     texts = (message["content"] for record in records for message in json.loads(record)["messages"])
     ids = tokenizer("\n".join(texts))["input_ids"]
@@ -106,8 +109,10 @@ def qtune_step(folder: Path, checkpointing: bool) -> Callable[[Any], float]:
     from qtune.model import load
     from qtune.optim import Optimizer
     from qtune.quant import NF4
+    from qtune.runs import pick_device
     from qtune.step import LanguageModel, TrainStep
 
+    pick_device("cpu")
     model = load(folder, NF4(double=True), dtype=torch.bfloat16)
     adapt(model, AdapterSpec("lora", (), {"rank": RANK, "alpha": ALPHA}))
     first_values(model.named_parameters(), lambda name: name.endswith(".A"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +46,39 @@ print(anonymous() - before)
 def test_freed_memory_goes_back() -> None:
     done = subprocess.run([sys.executable, "-c", RETURN], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 32 * 1024, "KiB of the 256 MiB"
+
+
+LARGE = """
+import os, torch
+from qtune.runs import pick_device
+pick_device("cpu")
+t = torch.ones(16 << 20)  # 64 MiB
+inside, pages = False, []
+for line in open("/proc/self/smaps"):
+    first = line.split()[0]
+    if "-" in first and not first.endswith(":"):
+        low, high = (int(x, 16) for x in first.split("-"))
+        inside = low <= t.data_ptr() < high
+    elif inside and first == "AnonHugePages:":
+        pages.append(int(line.split()[1]))
+print(sum(pages), os.environ["THP_MEM_ALLOC_ENABLE"])
+"""
+
+
+def _huge_pages_can_be_asked_for() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.is_file() and "[never]" not in setting.read_text()
+
+
+@pytest.mark.skipif(not _huge_pages_can_be_asked_for(), reason="this system has no huge pages on demand")
+@pytest.mark.parametrize("asked", ["1", "0"])
+def test_large_blocks_are_of_huge_pages_unless_the_user_says_no(asked: str) -> None:
+    given = {} if asked == "1" else {"THP_MEM_ALLOC_ENABLE": asked}
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | given
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True, env=environment)
+    huge, setting = done.stdout.split()
+    assert setting == asked
+    assert asked == "0" or int(huge) >= 32 * 1024, "KiB of the 64 MiB"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")

@@ -1,4 +1,5 @@
-"""What torch is told before it uses CUDA: how its allocator takes memory, and how large cuBLAS's workspaces are.
+"""What torch is told before it uses a device; for CUDA how its allocator takes memory, and how large cuBLAS's
+workspaces are.
 
 Expandable segments grow by pages where the default takes a new segment for what fits into none: less is lost between
 blocks of unequal steps. The workspace is cuBLAS's own advice for the card (32 MiB from Hopper on, else 4 MiB and some
@@ -15,6 +16,8 @@ import sys
 
 import torch
 
+from .host import large_pages
+
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch 2.10 and later read both; the first is its name
 EXPANDABLE = "expandable_segments:True"
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -23,8 +26,10 @@ HOPPER = (9, 10, 12)  # capabilities from Hopper on, which take the long one
 
 
 def settle(device: torch.device) -> None:
-    """Set what the user has not set, for a CUDA device; before anything is allocated there, or without effect on the
-    allocator. Other devices: nothing."""
+    """Set what the user has not set, for CUDA or the CPU; before anything is allocated there, or without effect on the
+    allocator."""
+    if device.type == "cpu":
+        large_pages()
     if device.type != "cuda":
         return
     if _given() is None and expandable() and not torch.cuda.is_initialized():

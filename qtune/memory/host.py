@@ -2,12 +2,13 @@
 
 A step takes the same blocks again and again. By default glibc gives large ones back to the system at once, and every
 page of them costs a fault when it is next written: a step of SmolLM2-135M on 2 x 512 tokens took 120,000 faults, 0.3 s
-of CPU time. The peak is what it was.
+of CPU time. A page of 2 MiB costs one fault in place of 512.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +24,20 @@ from ..sections import PLACES
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # the numbers of M_TRIM_THRESHOLD ... in glibc's malloc.h
 OWN_PAGES = 1 << 20  # bytes of a block that is a mapping of its own
+LARGE_PAGES = (
+    "THP_MEM_ALLOC_ENABLE"  # torch's: blocks of 2 MiB and more ask for huge pages, on Linux
+)
 
 DEVICE, HOST, DISK = PLACES
 _making: ContextVar[str] = ContextVar("making", default=DEVICE)
+
+
+def large_pages() -> None:
+    """Let torch ask for huge pages for its large blocks, unless the user has said it; before its first tensor on the
+    CPU, or without effect. It aligns them to pages then, too, which leaves smaller gaps in glibc's heap: one step of a
+    7B, 1 x 512 tokens, took 5.03 GiB in place of 5.45 with resident weights, and 26 s in place of 38 with streamed
+    ones, which are given back after each layer."""
+    os.environ.setdefault(LARGE_PAGES, "1")
 
 
 def keep_freed_memory() -> bool:
