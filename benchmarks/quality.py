@@ -7,7 +7,8 @@ ablations by layer error and perplexity before fine-tuning only. int4 in groups 
 was made from weights of that form, and looks lossless in it.
 Text: 1,000 paragraphs of Wikipedia out of the package evals; every fifth is held out, calibration text is of the rest.
 Task: the demo's. One process for each scheme and start; a row for each finished run. Rows of the same settings are not
-measured again (--same-code: unless the code is another by now; each row has its digest). A seed is the order of the
+measured again (--same-code: unless the code is another by now; each row has its digest). What a start and a step cost
+is measured apart (cells of the group cost), one process at a time, and only with --jobs 1. A seed is the order of the
 text and LoRA's first A; the other starts are made once, as they draw nothing that matters. `--part 1/2` takes half of
 the work, for another machine.
 """
@@ -37,7 +38,7 @@ CODE = (
     "quant",
     "starting.py",
     "step.py",
-    "optim.py",
+    "optim",
     "loss.py",
     "evaluate.py",
     "tables.py",
@@ -60,7 +61,7 @@ STARTS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "qwha": ("qwha", {}, SPARSE),
 }
 BATCH, LENGTH, STEPS, SEEDS, TASK_SEEDS = 2, 256, 60, (0, 1, 2), (0,)
-FULL_STEPS, FULL_SEEDS = 300, (0, 1, 2, 3, 4)
+FULL_STEPS, FULL_SEEDS, COST_STEPS = 300, (0, 1, 2, 3, 4), 12
 CALIBRATION, HELD_OUT, WINDOW = 32, 20, 512  # windows, and tokens of each
 ERROR_WINDOWS = 8  # of each text, evenly taken, for layer errors
 TEXT_FILE, TEXT = "evals/registry/data/schelling_point/wikipedia_5.jsonl", "wikipedia.json"
@@ -113,7 +114,8 @@ class Cell:
         """The settings that tell its rows apart: of a start, a run or a task."""
         given = {k: v for k, v in asdict(self).items() if k != "rates"}
         given["windows"] = [CALIBRATION, HELD_OUT, ERROR_WINDOWS, WINDOW]
-        steps = {} if kind == "start" else {"steps": FULL_STEPS if full else STEPS, "batch": [BATCH, LENGTH]}
+        count = COST_STEPS if kind == "cost" else FULL_STEPS if full else STEPS
+        steps = {} if kind == "start" else {"steps": count, "batch": [BATCH, LENGTH]}
         return {"kind": kind, **given, **steps, **more}
 
 
@@ -128,6 +130,7 @@ def cells() -> list[Cell]:
     for name in ("lora", "cloq", "qwha"):  # the papers' bases are GPTQ's at 2 bits
         found.append(Cell("ablation", "int2-g64", name, name, 12, {}, "gptq"))
         found.append(Cell("ablation", "int4-g128", name, name, 12))
+    found += [Cell("cost", "int3-g64", name, *_first(name)[:-1]) for name in STARTS]
     # rank: width / 32, as 128 is of 4,096
     found += [
         Cell("nuclear", "nf4-single", name, method, 18, {"alpha": 18.0, **o}) for name, (method, o) in ITERATED.items()
@@ -169,6 +172,9 @@ class Book:
 
     def runs(self, cell: Cell) -> list[tuple[str, float, int]]:
         """Runs to do next, as (kind, learning rate, seed): those of seed 0 that choose the rate, or all that follow."""
+        if cell.group == "cost":
+            rate = STARTS[cell.name][2][0]
+            return [] if self.find(self.run_key(cell, "cost", rate, 0)) else [("cost", rate, 0)]
         rates = [("run", rate, 0) for rate in cell.rates]
         missing = [run for run in rates if not self.find(self.run_key(cell, *run))]
         if missing or not rates:
@@ -238,6 +244,8 @@ def main() -> None:
         return run_cell(next(cell for cell in everything if cell.label == options.cell), options.folder, book)
     part, parts = map(int, options.part.split("/"))
     wanted = [cell for cell in everything[part - 1 :: parts] if options.only in cell.label]
+    if options.jobs > 1:
+        wanted = [cell for cell in wanted if cell.group != "cost"]
     if options.list:
         return print("\n".join(f"{'there  ' if book.done(cell) else 'missing'} {cell.label}" for cell in wanted))
     prepare(options.folder)

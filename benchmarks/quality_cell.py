@@ -22,6 +22,7 @@ from measure import PeakMemory, status
 from quality import (
     BATCH,
     CALIBRATION,
+    COST_STEPS,
     ERROR_WINDOWS,
     FULL_STEPS,
     HELD_OUT,
@@ -77,7 +78,7 @@ class Bench:
         """Without end, in an order that hangs on the seed."""
         import torch
 
-        from qtune.data import Capacity, stream
+        from qtune.batches import Capacity, stream
 
         if kind == "task":
             yield from stream(self.task[0], Capacity(TASK_BATCH), seed)
@@ -165,7 +166,7 @@ def perplexity(language: Any, bench: Bench) -> float | None:
 
 def train(language: Any, bench: Bench, kind: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
     """Train; the losses, the median step and, at the end, what the model knows."""
-    from qtune.data import Capacity
+    from qtune.batches import Capacity
     from qtune.evaluate import evaluate
     from qtune.optim import Optimizer, lr_factor
     from qtune.step import NonFinite, TrainStep
@@ -183,6 +184,8 @@ def train(language: Any, bench: Bench, kind: str, rate: float, seed: int, steps:
             seconds.append(time.perf_counter() - begun)
     found = {"losses": [round(loss, 4) for loss in losses], "step_seconds": statistics.median(seconds)}
     found["peak_bytes"] = memory.peak
+    if kind == "cost":
+        return {key: found[key] for key in ("step_seconds", "peak_bytes")}
     if kind == "task":
         result = evaluate(language, bench.task[1], capacity=Capacity(TASK_BATCH))
         return found | {"accuracy": result.accuracy, "chance": result.chance, "examples": result.examples}
@@ -211,7 +214,7 @@ def run_cell(cell: Cell, folder: Path, book: Book) -> None:
     spec, model = started(cell, bench)
     row: dict[str, Any] = {"start_seconds": time.perf_counter() - begun}
     new, key = book.find(book.start_key(cell)) is None, book.start_key(cell)
-    if new and cell.scheme != "bf16":
+    if new and cell.scheme != "bf16" and cell.group != "cost":
         row["layer_error"] = errors(model, cell, bench)
         if cell.group == "nuclear":
             row["nuclear"] = nuclear(model, bench)
@@ -228,7 +231,8 @@ def run_cell(cell: Cell, folder: Path, book: Book) -> None:
     while runs := book.runs(cell):
         for kind, rate, seed in runs:
             again(model, spec, first, seed)
-            found = train(language, bench, kind, rate, seed, FULL_STEPS if book.full else STEPS)
+            steps = COST_STEPS if kind == "cost" else FULL_STEPS if book.full else STEPS
+            found = train(language, bench, kind, rate, seed, steps)
             peak = found.pop("peak_bytes", None)
             if clean and peak:  # a process keeps what it frees, so only its first run tells
                 found["peak_bytes"] = peak - imports

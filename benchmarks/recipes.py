@@ -51,7 +51,7 @@ def main() -> None:
 
 def one(path: Path, out: str) -> dict[str, object]:
     """Run a recipe here; what came out."""
-    recipe = Recipe.load(path, {"output": out})
+    recipe = Recipe.load(path, {"output": out, "train.report": False, "train.samples": 0})
     result = train(recipe, overwrite=True)
     sites = read_adapter_json(Path(out))["sites"].values()
     starts = [site["start"]["after"] / site["start"]["before"] for site in sites if "start" in site]

@@ -213,21 +213,34 @@ ORDERS = {
 
 
 def quality_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Every start on every scheme: layer error, perplexity before and after, accuracy, cost."""
+    """Every start on every scheme: layer error, perplexity before and after, accuracy."""
     table = [
         "| scheme | start | layer error: calibration, held out | perplexity before | after (least to most) "
-        "| learning rate | accuracy | s a step | peak memory | s to start |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| learning rate | accuracy |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (scheme, name), start, runs, tasks, edge in _quality(rows):
-        error, first = start.get("layer_error"), next((run for run in runs if "peak_bytes" in run), None)
+        error = start.get("layer_error")
         cells = [scheme, name, f"{error['calibration']:.3f}, {error['held_out']:.3f}" if error else ""]
         cells += [_perplexity(start["perplexity"]), _spread([run["perplexity"] for run in runs])]
         cells += [f"{runs[0]['lr']:g}{' (end of the range)' if edge else ''}" if runs else ""]
         cells += [f"{sum(task['accuracy'] for task in tasks) / len(tasks):.1%}" if tasks else ""]
-        cells += [f"{sorted(run['step_seconds'] for run in runs)[len(runs) // 2]:.2f}" if runs else ""]
-        cells += [f"{first['peak_bytes'] / 2**20:,.0f} MiB" if first else "", f"{start['start_seconds']:.0f}"]
         table.append(f"| {' | '.join(cells)} |")
+    return table
+
+
+def quality_cost_table(rows: list[dict[str, Any]]) -> list[str]:
+    """What a start and a step cost, one process at a time."""
+    cost = [row for row in latest(rows) if row["settings"]["group"] == "cost"]
+    started = {row["settings"]["name"]: row for row in cost if row["settings"]["kind"] == "start"}
+    steps = {row["settings"]["name"]: row for row in cost if row["settings"]["kind"] == "cost"}
+    table = ["| start | seconds to start | s a step | of lora's | peak memory of steps | of lora's |"]
+    table += ["| --- | --- | --- | --- | --- | --- |"]
+    for name, row in steps.items():
+        seconds, peak = row["step_seconds"], row["peak_bytes"]
+        times, more = seconds / steps["lora"]["step_seconds"], peak / steps["lora"]["peak_bytes"]
+        cells = [name, f"{started[name]['start_seconds']:.0f}", f"{seconds:.2f}", f"{times:.2f}"]
+        table.append(f"| {' | '.join(cells)} | {peak / 2**20:,.0f} MiB | {more:.2f} |")
     return table
 
 
@@ -240,7 +253,7 @@ def quality_starts_table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for row in latest(rows):
         given, error = row["settings"], row.get("layer_error")
-        if given["kind"] == "start" and given["group"] != "main" and error:
+        if given["kind"] == "start" and given["group"] not in ("main", "cost") and error:
             share = f"{row['nuclear']:.1%}" if "nuclear" in row else ""
             cells = [given["scheme"], given["codes"], given["name"], str(given["rank"])]
             cells += [f"{error['calibration']:.3f}, {error['held_out']:.3f}", share, _perplexity(row["perplexity"])]
@@ -342,7 +355,11 @@ def cards_table(rows: list[dict[str, Any]]) -> list[str]:
     return table
 
 
-SAME_FILE = {"quality-starts": "quality", "quality-papers": "quality"}  # tables of another's results
+SAME_FILE = {
+    "quality-cost": "quality",
+    "quality-starts": "quality",
+    "quality-papers": "quality",
+}  # tables of another's results
 TABLES: dict[str, Callable[[Any], list[str]]] = {
     "merge": merge_table,
     "load": load_table,
@@ -354,6 +371,7 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "seven_b": seven_b_table,
     "cards": cards_table,
     "quality": quality_table,
+    "quality-cost": quality_cost_table,
     "quality-starts": quality_starts_table,
     "quality-papers": quality_papers_table,
     "plan-example": lambda value: ["```", *value["text"], "```"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from .encode import read_template
+from .data import read_template
 from .errors import QtuneError
 from .evaluate import generate
 from .model.source import open_source

@@ -12,11 +12,15 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory, one_of
 from .planner.command import options as plan_options
+from .report.command import compare_options, report_options
+from .show_data import options as data_options
+from .train_command import options as train_options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,14 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, parents=[common])
 
-    sub = command("train", "Train an adapter as a recipe says.")
-    sub.add_argument("recipe", metavar="RECIPE", help="YAML file (configs/first.yaml explains every key)")
-    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the recipe, such as train.lr=1e-4")
-    sub.add_argument(
-        "--from", dest="start_from", metavar="RUN", help="start from the adapter of another run (weights only)"
-    )
-    sub.add_argument("--overwrite", action="store_true", help="replace a run that lies in the output folder")
+    train_options(command("train", "Train an adapter as a recipe says, or go on with a run."))
     plan_options(command("plan", "Say what training will take, and whether it fits: from the model's configuration."))
+    data_options(command("data", "Show what training data is made of: format, counts, tokens, what is trained."))
 
     sub = command("eval", "Loss, perplexity and accuracy of a run on its held-out data, or on other data.")
     sub.add_argument("run", metavar="RUN", help="folder of a run")
@@ -72,6 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
         "(default where no other tool has that base)",
     )
 
+    report_options(command("report", "Write the page of a run: curves, memory, samples, recipe, in one HTML file."))
+    compare_options(command("compare", "Lay runs side by side: results, and where their recipes differ."))
     _model_commands(command)
     return parser
 
@@ -187,41 +188,9 @@ def _emit(args: argparse.Namespace, value: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from .adapters.files import FIRST, INFO, TENSORS
-    from .model.names import KEPT
-    from .recipe import Recipe
-    from .runs import METRICS
-    from .trainer import train
+    from .train_command import train
 
-    screen = _screen(args)
-    recipe = Recipe.load(Path(args.recipe), args.overrides)
-    result = train(
-        recipe, screen=screen, overwrite=args.overwrite, start_from=Path(args.start_from) if args.start_from else None
-    )
-    run = result.folder
-    screen.title("Interrupted" if result.interrupted else "Done")
-    names = ("recipe.yaml", TENSORS, INFO, METRICS, FIRST, f"{KEPT}.safetensors")
-    screen.line(f"{run} holds {', '.join(n for n in names if (run / n).is_file())} (adapter of step {result.steps})")
-    if result.interrupted:
-        screen.line(
-            f"go on from these weights:  qtune train {_quoted(run / 'recipe.yaml')} --from {_quoted(run)} "
-            f"{_quoted(f'output={run}-2')}"
-        )
-    screen.line(f"next:  qtune eval {_quoted(run)}   qtune merge {_quoted(run)}   qtune chat {_quoted(run)}")
-    evals = {name: e.to_dict() for name, e in (("before", result.before), ("after", result.after)) if e is not None}
-    _emit(
-        args,
-        {
-            "run": run,
-            "steps": result.steps,
-            "tokens": result.tokens,
-            "seconds": result.seconds,
-            "interrupted": result.interrupted,
-            **evals,
-        },
-    )
-    if result.interrupted:
-        raise SystemExit(130)
+    train(args, _screen(args), lambda value: _emit(args, value))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -230,9 +199,16 @@ def _plan(args: argparse.Namespace) -> None:
     plan(args, _screen(args), lambda value: _emit(args, value))
 
 
+def _data(args: argparse.Namespace) -> None:
+    from .show_data import show_data
+
+    show_data(args, _screen(args), lambda value: _emit(args, value))
+
+
 def _eval(args: argparse.Namespace) -> None:
     from .adapters import enable_adapters
-    from .data import Capacity, load_data
+    from .batches import Capacity
+    from .data import load_held_out
     from .evaluate import evaluate
     from .runs import open_run
     from .step import LanguageModel
@@ -242,14 +218,13 @@ def _eval(args: argparse.Namespace) -> None:
         raise QtuneError(f"--batch is {args.batch}; legal: 1 or more")
     run = open_run(Path(args.run), screen, device=args.device)
     keys = run.recipe.data
-    path = args.data or keys.eval
-    if path is None:
-        raise QtuneError(f"the recipe of {args.run} has no data.eval; give --data FILE")
-    examples, report = load_data(
-        path, run.tokenizer, max_length=keys.max_length, loss_on=keys.loss_on, template=keys.template
-    )
+    if args.data:
+        keys = replace(keys, eval=args.data)
+    examples, report = load_held_out(keys, run.tokenizer, seed=run.recipe.train.seed, screen=screen)
+    if report is None:
+        raise QtuneError(f"the recipe of {args.run} has neither data.eval nor data.split; give --data FILE")
     screen.line(str(report))
-    capacity = Capacity(args.batch) if args.batch else Capacity.of(run.recipe.train)
+    capacity = Capacity(args.batch) if args.batch else replace(Capacity.of(run.recipe.train), packed=False)
     results = {}
     for name, enabled in ((("base", False),) if args.base else ()) + (("adapter", True),):
         enable_adapters(run.model, enabled)
@@ -303,6 +278,12 @@ def _export(args: argparse.Namespace) -> None:
             f"{kl:.2e} nats a token"
         )
     _emit(args, {"out": args.out, "format": "peft", "kl": kl})
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .report.command import compare, report
+
+    {"report": report, "compare": compare}[args.command](args, _screen(args), lambda value: _emit(args, value))
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -362,18 +343,15 @@ def _demo(args: argparse.Namespace) -> None:
     _emit(args, demo(Path(args.out), _screen(args), steps=args.steps))
 
 
-def _quoted(path: object) -> str:
-    import shlex
-
-    return shlex.quote(str(path))
-
-
 COMMANDS = {
     "train": _train,
     "plan": _plan,
+    "data": _data,
     "eval": _eval,
     "merge": _merge,
     "export": _export,
+    "report": _report,
+    "compare": _report,
     "chat": _chat,
     "quantize": _quantize,
     "methods": _methods,

@@ -83,7 +83,7 @@ def _closing(folder: Path, result: Any, screen: Screen) -> None:
         ("model/", "the base model as it was fetched, with its licence"),
         ("train.jsonl, eval.jsonl", "the task"),
         ("recipe.yaml", "the recipe of this run"),
-        ("run/", "adapter.safetensors, adapter.json, metrics.jsonl, recipe.yaml"),
+        ("run/", "adapter.safetensors, adapter.json, metrics.jsonl, recipe.yaml; report.html is its page"),
         ("run/merged/", "the merged and verified checkpoint: transformers loads it"),
     ):
         screen.line(f"  {folder}/{path:24} {what}")

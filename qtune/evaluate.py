@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from .data import Batch, Capacity, Example, batches, collate
+from .batches import Batch, Capacity, batches, collate
+from .data import Example
 from .errors import QtuneError
 from .loss import IGNORED, chunked_losses
 from .memory.layers import device_of
@@ -50,6 +51,13 @@ class EvalResult:
             out |= {"accuracy": self.accuracy, "chance": self.chance, "choices": self.choices}
         return out
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> EvalResult:
+        """The inverse of `to_dict`."""
+        loss = math.nan if row["eval_loss"] is None else float(row["eval_loss"])
+        rest = row.get("accuracy"), row.get("chance"), row.get("choices", 0)
+        return cls(loss, row["eval_tokens"], row["eval_examples"], *rest)
+
     def __str__(self) -> str:
         text = f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f} over {self.tokens:,} trained tokens"
         if self.accuracy is not None and self.chance is not None:
@@ -77,7 +85,7 @@ def evaluate(
             total += model.loss_sum(batch.to(device), plain=True).item()
             tokens += batch.trained
             if advance:
-                advance(batch.input_ids.shape[0])
+                advance(batch.examples)
         return EvalResult(total / max(1, tokens), tokens, len(examples))
     finally:
         model.model.train(mode)
@@ -116,7 +124,8 @@ def _evaluate_choice(
     examples = sorted(examples, key=lambda e: len(e.input_ids))
     candidates = [_with_answer(example, answer) for example in examples for answer in answers]
     scores, done = torch.empty(len(candidates)), 0
-    for rows in capacity.fill(range(len(candidates)), [len(one.input_ids) for one in candidates]):
+    rows_apart = replace(capacity, packed=False)
+    for rows in rows_apart.fill(range(len(candidates)), [len(one.input_ids) for one in candidates]):
         batch = collate([candidates[i] for i in rows])
         scores[rows] = _log_likelihood(model, batch.to(device)).cpu()
         now = (rows[-1] + 1) // len(answers)
@@ -162,12 +171,13 @@ def generate(
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    max_seconds: float | None = None,
     stream: IO[str] | None = None,
 ) -> str:
     """Continue a prompt; greedy at temperature 0. Stops at the tokenizer's EOS or the model's own stop tokens.
     Returns the new text only.
 
-    stream: also print it there, word by word.
+    max_seconds: stop after the word at hand; None: never. stream: also print it there, word by word.
     """
     if not prompt_ids:
         raise QtuneError(
@@ -179,6 +189,8 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
+    if max_seconds is not None:
+        options["max_time"] = max_seconds
     if stream is not None:
         options["streamer"] = _streamer(tokenizer, stream)
     options["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

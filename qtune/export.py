@@ -26,7 +26,7 @@ from .adapters.files import kept_layers, load_adapter, load_first, starts_elsewh
 from .adapters.sites import SHARED
 from .adapters.starts import difference
 from .checkpoint import Entry, write
-from .data import tokenize
+from .data import read_records, tokenize
 from .errors import QtuneError, one_of
 from .memory.layers import device_of
 from .model.experts import Experts
@@ -35,10 +35,10 @@ from .peft import to_peft
 from .quant import Dense, QuantEmbedding, QuantLinear
 from .quant.scheme import DTYPES
 from .recipe import Recipe
-from .records import read_records
 from .runs import Run, licences, load_with_bar
 from .safe_io import write_json, write_text
 from .screen import Screen
+from .sections import entries
 from .verify import Reference, Verification, in_dtype, logits_of, verify
 
 KEEP_BASE = ("trained", "original")
@@ -149,9 +149,11 @@ def check_merge(recipe: Recipe, out: Path, dtype: str, keep_base: str, overwrite
 def prompts_of(run: Run) -> list[list[int]]:
     """Token ids of real prompts: the run's own data where it can still be read, else a few sentences."""
     keys = run.recipe.data
-    for path in filter(None, (keys.eval, keys.train)):
+    for given in (keys.eval, keys.train):
+        if given is None:
+            continue
         with suppress(QtuneError):  # the data moved or changed since: not a fault of the merge
-            records = _spread(read_records(path))
+            records = _spread(read_records(entries(given)[0], keys))
             examples, _ = tokenize(
                 records, run.tokenizer, max_length=keys.max_length, loss_on="all", template=keys.template
             )
@@ -284,10 +286,10 @@ def _on_original(run: Run, dtype: str, screen: Screen) -> Any:
     device = device_of(run.model)
     options: dict[str, Any] = {"scheme": Dense(dtype), "dtype": DTYPES[recipe.dtype], "device": device}
     model = load_with_bar(recipe.model, screen, **options)
-    sites = load_adapter(model, run.folder, other_base=True)
+    sites = load_adapter(model, run.adapter, other_base=True)
     if starts_elsewhere(model):
         trained = {name: deepcopy(site.adapter) for name, site in sites.items()}
-        load_first(model, run.folder)
+        load_first(model, run.folder, run.adapter)
         for name, site in sites.items():
             site.adapter = Learned(trained[name], site.adapter)  # type: ignore[assignment]
     return model
@@ -370,13 +372,14 @@ def _model_card(run: Run, report: MergeReport) -> str:
         "trained": "the base as it was trained on (dequantized)",
         "original": "the original weights before quantization",
     }
-    model, data = (Path(p).name if Path(p).is_absolute() else p for p in (recipe.model, recipe.data.train or "unknown"))
+    given = [recipe.model, *(source.file for source in entries(recipe.data.train or "unknown"))]
+    model, *data = [Path(name).name if Path(name).is_absolute() else name for name in given]
     lines = (
         f"# {run.folder.resolve().name}",
         "",
         f"- base model: {model}",
         f"- licence of the base: {names}",
-        f"- trained with qtune {__version__}: {recipe.adapter.method} on {recipe.scheme}, data {data}",
+        f"- trained with qtune {__version__}: {recipe.adapter.method} on {recipe.scheme}, data {', '.join(data)}",
         f"- merged onto {bases[report.keep_base]}, in {report.dtype}",
         "- verification against base + adapter:",
         "",

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .data import Batch, Capacity, Example, collate
+from .batches import Batch, Capacity, collate
+from .data import Example
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory
 from .recipe import Recipe
 from .runs import pick_device
@@ -64,7 +65,10 @@ def largest(examples: Sequence[Example], capacity: Capacity) -> list[Batch]:
 
 def _batch_of(rising: Sequence[Example], shape: Shape) -> Batch:
     """The longest examples that a shape takes, with its trained tokens where there are places, and its padding."""
-    made = collate([example for example in rising if len(example.input_ids) <= shape.length][-shape.rows :])
+    if shape.lengths:  # what is in it means nothing
+        made = collate([_cut(rising[-1], length) for length in shape.lengths], packed=True)
+    else:
+        made = collate([example for example in rising if len(example.input_ids) <= shape.length][-shape.rows :])
     if shape.padded and bool(made.attention_mask.all()):
         made.attention_mask[-1, -1], made.labels[-1, -1] = 0, -100
     places = (made.labels[:, 1:] < 0) & made.attention_mask[:, 1:].bool()
@@ -72,6 +76,10 @@ def _batch_of(rising: Sequence[Example], shape: Shape) -> Batch:
     row, place = more // places.shape[1], more % places.shape[1] + 1
     made.labels[row, place] = made.input_ids[row, place]
     return made
+
+
+def _cut(example: Example, length: int) -> Example:
+    return Example(example.input_ids[:length], example.trained[:length], example.where)
 
 
 def dry_step(step: TrainStep, batches: Sequence[Batch], accumulate: int) -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, field
+from dataclasses import MISSING, Field, field, fields
 from math import inf, isfinite
 from typing import Any
 
-from .errors import QtuneError
+from .errors import QtuneError, one_of
 from .units import parse_size
 
 Limits = Mapping[str, Any]
+
+HUB = "hf:"  # before the name of a dataset of Hugging Face's hub
+DATA_FILE = "a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder of texts, a saved dataset, or hf:owner/name"
+COLUMNS = (  # what records of any format hold, and a message
+    "messages", "conversations", "chat", "prompt", "completion", "instruction", "input", "output", "history", "system",
+    "tools", "text", "role", "content",
+)  # fmt: skip
 
 
 def key(kind: str, doc: str, default: Any = MISSING, *, factory: Any = MISSING, **limits: Any) -> Any:
@@ -41,7 +48,9 @@ def legal(limits: Limits) -> str:
     bounds = " and".join(f" {sign} {limits[k]}" for k, sign in signs if k in limits)
     words = {
         "text": "text",
-        "file": "a .jsonl, .json or .txt file",
+        "file": DATA_FILE,
+        "sources": f"{DATA_FILE}; or a list of those and of {{file, weight, format, columns}}",
+        "columns": f"a mapping from {', '.join(COLUMNS)} to the names in the file",
         "whole": f"a whole number{bounds}",
         "number": f"a number{bounds}",
         "flag": "true or false",
@@ -49,6 +58,7 @@ def legal(limits: Limits) -> str:
         "device": "auto, cpu, mps, cuda, or cuda:0 and so on",
         "warmup": "a fraction >= 0 and < 1, or a whole number of steps",
         "size": "a size such as 24GB or 7.5GiB",
+        "choices": f"a list of {', '.join(limits.get('legal', ()))}",
         "betas": "a list of two numbers >= 0 and < 1",
         "scheme": "a scheme's name or {name: ..., options}",
         "storage": "a scheme, {default: scheme, pattern: scheme ...} or {bits: 2.5, high: scheme, low: scheme}",
@@ -103,6 +113,15 @@ def _choice(value: Any, limits: Limits) -> str:
     return str(value)
 
 
+def _choices(value: Any, limits: Limits) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    names = tuple(_choice(one, limits) for one in value)
+    if len(set(names)) < len(names):
+        raise ValueError("one of them twice")
+    return names
+
+
 def _device(value: Any, limits: Limits) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise ValueError
@@ -133,6 +152,37 @@ def _size(value: Any, limits: Limits) -> str:
     return str(value)
 
 
+def _columns(value: Any, limits: Limits) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError
+    if unknown := [name for name in value if name not in COLUMNS]:
+        raise ValueError(str(one_of("column of a record", unknown[0], COLUMNS)).partition(";")[0])
+    if wrong := [name for name, theirs in value.items() if not isinstance(theirs, str) or not theirs]:
+        raise ValueError(f"{wrong[0]} is {shown(value[wrong[0]])}, not the name of a column")
+    return dict(value)
+
+
+def _sources(value: Any, limits: Limits) -> Any:
+    """A name as it is; a list, or one mapping, as a tuple of the dataclass `limits["of"]`."""
+    if isinstance(value, str):
+        return _text(value, limits)
+    items = [value] if isinstance(value, Mapping) else value
+    if not isinstance(items, (list, tuple)) or not items:
+        raise ValueError("" if isinstance(items, (list, tuple)) else "not text in YAML: put it in quotes")
+    keys = {f.name: f for f in fields(limits["of"])}
+    faults: list[str] = []
+    made = []
+    for number, item in enumerate(items, 1):
+        entry = item if isinstance(item, Mapping) else {"file": item}
+        faults += [f"entry {number}: {one_of('key', name, keys)}" for name in entry if name not in keys]
+        faults += [f"entry {number} names no file"] * ("file" not in entry)
+        values = {n: read(f, f"entry {number}: {n}", entry[n], faults) for n, f in keys.items() if n in entry}
+        made.append(None if faults else limits["of"](**values))
+    if faults:
+        raise ValueError("; ".join(faults))
+    return tuple(made)
+
+
 READERS: dict[str, Callable[[Any, Limits], Any]] = {
     "text": _text,
     "file": _text,
@@ -140,8 +190,11 @@ READERS: dict[str, Callable[[Any, Limits], Any]] = {
     "number": _number,
     "flag": _flag,
     "choice": _choice,
+    "choices": _choices,
     "device": _device,
     "warmup": _warmup,
     "betas": _betas,
     "size": _size,
+    "columns": _columns,
+    "sources": _sources,
 }

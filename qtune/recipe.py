@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from .adapters import METHODS, AdapterSpec
 from .errors import QtuneError, one_of
-from .keys import READERS, key, legal, read, shown
+from .keys import DATA_FILE, HUB, READERS, key, legal, read, shown
 from .quant import Scheme, Storage, scheme_from, storage_from
 from .quant.calibrate import refuses
-from .sections import CalibrateKeys, DataKeys, MemoryKeys, TrainKeys
+from .sections import CalibrateKeys, DataKeys, MemoryKeys, Sources, TrainKeys, entries, moved
 from .yaml_text import dump_yaml, load_yaml
 
 SCHEME, METHOD = "nf4", "lora"  # the defaults
@@ -205,11 +205,15 @@ class _Reader:
         values["train"] = self._train(train, data, tree.get("train"))
         values["calibrate"] = replace(calibrate, data=self._beside(calibrate.data))
         self._together(values["scheme"], values["adapter"], calibrate.codes)
-        if memory.weights != "device" and not train.checkpointing:
-            self.faults.append(
-                f"memory.weights is {memory.weights}, train.checkpointing is false: streamed weights come back in the "
-                "backward pass with the recomputation of their layer; legal: train.checkpointing true"
-            )
+        for name, place, why in (
+            ("weights", memory.weights, "streamed weights come back in the backward pass with the recomputation of"),
+            ("boundaries", memory.boundaries, "only where layers are recomputed are there inputs that wait, those of"),
+        ):
+            if place != "device" and not train.checkpointing:
+                self.faults.append(
+                    f"memory.{name} is {place}, train.checkpointing is false: {why} their layer; legal: "
+                    "train.checkpointing true"
+                )
         self._file("calibrate.data", values["calibrate"].data)
         if self.training and values.get("output") is None and tree.get("output") is None:
             self.faults.append("output is missing; legal: the folder that the run is written to")
@@ -282,26 +286,36 @@ class _Reader:
     def _data(self, data: DataKeys) -> DataKeys:
         """Paths found; for training, also that there are such files."""
         template = self._beside(data.template) if data.template and "{" not in data.template else data.template
-        data = replace(data, train=self._beside(data.train), eval=self._beside(data.eval), template=template)
+        train, held_out = moved(data.train, self._beside), moved(data.eval, self._beside)
+        data = replace(data, train=train, eval=held_out, template=template)
+        if data.eval is not None and data.split is not None:
+            self.faults.append(
+                f"data.split is {data.split:g}, but data.eval says what is held out; legal: one of the two, the other "
+                "null"
+            )
+        if data.split_seed is not None and data.split is None:
+            self.faults.append(f"data.split_seed is {data.split_seed}, but data.split is null; legal: null, or both")
+        if data.eval is not None and any(source.weight != 1 for source in entries(data.eval)):
+            self.faults.append("data.eval gives weights, but each held-out record counts once; legal: without weight")
         if not self.training:
             return data
         if data.train is None and not any(fault.startswith(("data.train is", "data is")) for fault in self.faults):
-            self.faults.append("data.train is missing; legal: a .jsonl, .json or .txt file")
+            self.faults.append(f"data.train is missing; legal: {DATA_FILE}")
         self._file("data.train", data.train)
         self._file("data.eval", data.eval)
         return data
 
-    def _file(self, name: str, value: str | None) -> None:
-        """For training, a fault where there is no such file."""
-        if self.training and value is not None and not Path(value).expanduser().is_file():
+    def _file(self, name: str, given: Sources | None) -> None:
+        """For training, a fault where there is no such file or folder."""
+        for source in entries(given) if self.training and given is not None else ():
+            if source.file.startswith(HUB) or Path(source.file).expanduser().exists():
+                continue
             beside = f" nor beside the recipe in {self.folder.resolve()}" if self.folder is not None else ""
-            self.faults.append(
-                f"{name} is {value!r}: no such file in {Path.cwd()}{beside}; legal: a .jsonl, .json or .txt file"
-            )
+            self.faults.append(f"{name} is {source.file!r}: no such file in {Path.cwd()}{beside}; legal: {DATA_FILE}")
 
     def _train(self, train: TrainKeys, data: DataKeys, given: Any) -> TrainKeys:
         """What concerns several keys of `train`. given: the section as it was written."""
-        train = self._micro_batch(train, given if isinstance(given, dict) else {})
+        train = self._micro_batch(train, data.max_length, given if isinstance(given, dict) else {})
         if train.steps is not None and train.epochs is not None:
             self.faults.append(
                 f"train.steps is {train.steps} and train.epochs is {train.epochs:g}; "
@@ -311,9 +325,15 @@ class _Reader:
             self.faults.append(
                 f"train.warmup is {train.warmup:g} steps of train.steps = {train.steps}; legal: fewer than that"
             )
-        if train.eval_every is not None and data.eval is None:
+        if train.eval_every is not None and data.eval is None and data.split is None:
             self.faults.append(
-                f"train.eval_every is {train.eval_every}, but data.eval is null; legal: null, or give data.eval"
+                f"train.eval_every is {train.eval_every}, but data.eval is null; legal: null, or give data.eval or "
+                "data.split"
+            )
+        if train.keep_best and train.eval_every is None:
+            self.faults.append(
+                "train.keep_best is true, but train.eval_every is null: there is nothing to choose from; "
+                "legal: false, or give train.eval_every"
             )
         if train.optimizer == "adafactor" and train.betas is not None:
             self.faults.append(f"train.betas is {list(train.betas)}, which adafactor has not; legal: null")
@@ -325,10 +345,15 @@ class _Reader:
                 )
         return replace(train, epochs=1.0) if train.steps is None and train.epochs is None else train
 
-    def _micro_batch(self, train: TrainKeys, given: dict[str, Any]) -> TrainKeys:
-        """micro_batch is there by default; where micro_tokens is given it must not be, and is null."""
+    def _micro_batch(self, train: TrainKeys, length: int, given: dict[str, Any]) -> TrainKeys:
+        """micro_batch is there by default; where micro_tokens is given it must not be, and is null. Packed rows are
+        counted in tokens alone."""
         if train.micro_tokens is None:
-            return train if train.micro_batch is not None else replace(train, micro_batch=TrainKeys.micro_batch)
+            rows = train.micro_batch or TrainKeys.micro_batch
+            assert rows is not None
+            if train.packing:
+                return replace(train, micro_tokens=rows * length, micro_batch=None)
+            return replace(train, micro_batch=rows)
         if given.get("micro_batch") is not None:
             self.faults.append(
                 f"train.micro_batch is {given['micro_batch']} and train.micro_tokens is {train.micro_tokens}; "

@@ -1,8 +1,9 @@
 """A run folder and what is built from a recipe: base model, tokenizer, adapter.
 
-A run holds recipe.yaml, adapter.safetensors, adapter.json, metrics.jsonl, and merged/ once merged. Where the start of
-the adapter or the calibration chose codes of their own, base.safetensors holds them; where the adapter does not start
-as the identity, start.safetensors holds its first values.
+A run holds recipe.yaml, adapter.safetensors, adapter.json, metrics.jsonl, run.json and report.html (qtune/report),
+checkpoints/ (qtune/state.py), and merged/ once merged. The folder of a checkpoint serves as a run, with the adapter of
+its step. Where the start of the adapter or the calibration chose codes of their own, base.safetensors holds them; where
+the adapter does not start as the identity, start.safetensors holds its first values.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from torch import Tensor
 from .adapters import AdapterSpec
 from .adapters.files import INFO, kept_layers, load_adapter, read_adapter_json
 from .checkpoint import Entry, write
-from .data import Example, load_data
+from .data import Example, load_source
 from .errors import QtuneError
+from .keys import DATA_FILE
 from .memory import DEVICE, DISK, HOST, place_of
 from .memory.cuda import settle
 from .memory.layers import device_of
@@ -37,9 +39,11 @@ from .model.source import open_source
 from .quant import QuantEmbedding, QuantLinear
 from .quant.scheme import DTYPES
 from .recipe import Recipe
-from .safe_io import claim_folder
+from .safe_io import claimed
 from .screen import Advance, Screen, size
+from .sections import entries, moved
 from .starting import Starting, start, tell, wants
+from .state import adapter_in, run_of
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -47,41 +51,46 @@ METRICS = "metrics.jsonl"
 
 @dataclass
 class Run:
-    """A finished or interrupted run, loaded: `model` is a transformers model that carries the adapter."""
+    """A finished or interrupted run, loaded: `model` is a transformers model that carries the adapter, whose files lie
+    in `adapter`."""
 
     folder: Path
+    adapter: Path
     recipe: Recipe
     model: Any
     tokenizer: Any
 
 
 def is_run(path: str | Path) -> bool:
-    """Does this folder hold a recipe and an adapter?"""
+    """Does this folder hold a recipe and an adapter, or belong to one that does?"""
     folder = Path(path)
-    return (folder / RECIPE).is_file() and (folder / INFO).is_file()
+    return (run_of(folder) / RECIPE).is_file() and (adapter_in(folder)[0] / INFO).is_file()
 
 
 def read_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run. Raises QtuneError where the folder is no run."""
     if not is_run(folder):
-        missing = [name for name in (RECIPE, INFO) if not (folder / name).is_file()]
+        missing = [name for name in (RECIPE, INFO) if not (run_of(folder) / name).is_file()]
         raise QtuneError(
             f"{folder} is not a run: it lacks {' and '.join(missing)}; give the `output` folder of a `qtune train`"
         )
-    return Recipe.load(folder / RECIPE, training=False)
+    return Recipe.load(run_of(folder) / RECIPE, training=False)
 
 
 def open_run(folder: Path, screen: Screen, *, device: str | None = None) -> Run:
-    """Load base, tokenizer and adapter of a run."""
-    recipe = read_recipe(folder)
+    """Load base, tokenizer and adapter of a run, or of the checkpoint whose folder is given."""
+    recipe, run = read_recipe(folder), run_of(folder)
     if Path(recipe.model).is_absolute() and not Path(recipe.model).exists():
         raise QtuneError(
             f"the base of {folder} is gone: there is no {recipe.model}; "
-            f"put it back, or set `model` in {folder / RECIPE} to where it lies now"
+            f"put it back, or set `model` in {run / RECIPE} to where it lies now"
         )
-    model, tokenizer = load_base(recipe, screen, device=device, kept=kept_in(folder))
-    load_adapter(model, folder)
-    return Run(folder, recipe, model, tokenizer)
+    adapter, note = adapter_in(folder)
+    if note:
+        screen.line(f"note: {note}", "yellow")
+    model, tokenizer = load_base(recipe, screen, device=device, kept=kept_in(run, adapter))
+    load_adapter(model, adapter)
+    return Run(run, adapter, recipe, model, tokenizer)
 
 
 def anchored(recipe: Recipe) -> Recipe:
@@ -92,14 +101,16 @@ def anchored(recipe: Recipe) -> Recipe:
         return str(path.absolute()) if value and "{" not in value and path.exists() else value
 
     data, output = recipe.data, recipe.output and str(Path(recipe.output).expanduser().absolute())
-    data = replace(data, train=absolute(data.train), eval=absolute(data.eval), template=absolute(data.template))
+    train, held_out = moved(data.train, absolute), moved(data.eval, absolute)
+    data = replace(data, train=train, eval=held_out, template=absolute(data.template))
     calibrate = replace(recipe.calibrate, data=absolute(recipe.calibrate.data))
     return replace(recipe, model=absolute(recipe.model) or recipe.model, data=data, calibrate=calibrate, output=output)
 
 
-def kept_in(folder: Path) -> Path | None:
-    """The folder itself, where its run keeps codes of its own. Raises QtuneError where they are gone."""
-    count = read_adapter_json(folder).get("kept", 0)
+def kept_in(folder: Path, adapter: Path) -> Path | None:
+    """The folder of a run itself, where it keeps codes of its own. adapter: where its adapter.json lies. Raises
+    QtuneError where they are gone."""
+    count = read_adapter_json(adapter).get("kept", 0)
     names = (f"{KEPT}.safetensors", f"{KEPT}.safetensors.index.json")
     if count and not any((folder / name).is_file() for name in names):
         raise QtuneError(
@@ -182,8 +193,9 @@ def _tell_base(model: Any, recipe: Recipe, screen: Screen) -> None:
     plain = (p for name, p in dense_parameters(model).items() if ".adapter." not in name)
     other = sum(p.numel() * p.element_size() for p in plain)
     sizes = f"{size(packed)} packed + {size(other)} in {recipe.dtype}"
-    waiting = {DEVICE: "", HOST: ", streamed from host memory", DISK: ", streamed from a file"}
-    where = f"{device_of(model)}: {model.qtune.scheme}, {sizes}{waiting[place_of(layers[-1].packed)]}"
+    told = {DEVICE: "", HOST: ", streamed from host memory", DISK: ", streamed from a file"}
+    waiting = max((place_of(layer.packed) for layer in layers if isinstance(layer, QuantLinear)), key=list(told).index)
+    where = f"{device_of(model)}: {model.qtune.scheme}, {sizes}{told[waiting]}"
     screen.line(f"base  {recipe.model} on {where}")
     for note in model.qtune.notes:
         screen.line(f"note: {note}", "yellow")
@@ -215,16 +227,12 @@ def calibration_text(recipe: Recipe, tokenizer: Any, screen: Screen, examples: S
             screen.line(f"note: {keys.data} is not read: neither the codes nor the start ask for text", "yellow")
         return None
     if keys.data is not None:
-        examples, _ = load_data(
-            keys.data, tokenizer, max_length=keys.length, loss_on="all", template=recipe.data.template
-        )
+        how = replace(recipe.data, max_length=keys.length, too_long="cut", loss_on="all", system=None)
+        examples, _ = load_source(keys.data, tokenizer, how, screen=screen)
     if not examples:
-        raise QtuneError(
-            f"calibrate.data is missing, and codes {keys.codes} are chosen from text; legal: a .jsonl, .json or .txt "
-            "file"
-        )
+        raise QtuneError(f"calibrate.data is missing, and codes {keys.codes} are chosen from text; legal: {DATA_FILE}")
     windows = windows_of([example.input_ids for example in examples], keys.samples, keys.length)
-    name = Path(keys.data or recipe.data.train or "").name
+    name = ", ".join(Path(source.file).name for source in entries(keys.data or recipe.data.train or ""))
     count, few = len(windows), f", all that there is (calibrate.samples is {keys.samples})"
     what = f"{count} window{'s' * (count != 1)} of {keys.length} tokens of {name}"
     screen.line(f"calibration  {what}{few * (count < keys.samples)}")
@@ -240,17 +248,12 @@ def quantize(recipe: Recipe, out: Path, *, screen: Screen | None = None) -> int:
     recipe = replace(recipe, device="cpu", adapter=AdapterSpec())
     tokenizer = load_tokenizer(recipe.model)
     windows = calibration_text(recipe, tokenizer, screen)
-    claim_folder(out)
     chosen: dict[str, Any] = {} if windows is None else {"packing": Starting(None, windows, recipe.calibrate.codes)}
-    try:
+    with claimed(out):
         model = load_with_bar(recipe.model, screen, **_storage(recipe), **chosen)
-    except BaseException:
-        with suppress(OSError):  # not empty: it was there before
-            out.rmdir()
-        raise
-    for note in model.qtune.notes:
-        screen.line(f"note: {note}", "yellow")
-    save_quantized(model, tokenizer, out)
+        for note in model.qtune.notes:
+            screen.line(f"note: {note}", "yellow")
+        save_quantized(model, tokenizer, out)
     for path in licences(recipe.model):
         shutil.copyfile(path, out / path.name)
     return sum(path.stat().st_size for path in out.glob("*.safetensors"))

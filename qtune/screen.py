@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -82,25 +82,50 @@ def size(n: float) -> str:
     return f"{n:.2f} GiB"
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words: 380 ms, 1.7 s, 115 s, 14 min, 3 h 20 min, 4.2 days."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 180:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, rest = divmod(minutes, 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{hours} h {rest} min" if hours < 48 else f"{seconds / 86400:.1f} days"
+
+
+def count(n: int) -> str:
+    """A number of parameters in three digits: 6.74 B, 40.0 M."""
+    for unit, factor in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if n >= factor:
+            return f"{n / factor:#.3g} {unit}" if n < 99.95 * factor else f"{n / factor:,.0f} {unit}"
+    return str(n)
+
+
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C sets a flag that the loop reads between steps, so that no step is left half done; a second Ctrl-C stops
-    at once."""
-    pressed = False
+    """Ctrl-C and SIGTERM set a flag that the loop reads between steps, so that no step is left half done. A second
+    Ctrl-C stops at once; a second SIGTERM does not, as some schedulers send several."""
+    asked = False
 
     def handler(signum: int, frame: Any) -> None:
-        nonlocal pressed
-        if pressed:
+        nonlocal asked
+        if asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        pressed = True
-        print("\nstopping after this step and saving; Ctrl-C again stops at once, unsaved", file=sys.stderr)
+        asked = True
+        with suppress(OSError, RuntimeError):  # the terminal is gone, or another line is being printed
+            print("\nstopping after this step and saving; Ctrl-C stops at once, without this step", file=sys.stderr)
 
+    before: dict[int, Any] = {}
     try:
-        previous = signal.signal(signal.SIGINT, handler)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            before[signum] = signal.signal(signum, handler)
     except ValueError:  # not in the main thread: the program that runs us handles its own signals
         yield lambda: False
         return
     try:
-        yield lambda: pressed
+        yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, previous in before.items():
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)

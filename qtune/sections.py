@@ -2,25 +2,87 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from .keys import key
 from .quant.calibrate import CODES
 
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 PLACES = ("device", "host", "disk")
+
+
+FORMATS = ("messages", "sharegpt", "glaive", "prompt", "alpaca", "text")
+TOO_LONG = ("cut", "drop", "refuse")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of several sources of data.train or data.eval, and how it is read where that is not as data.* says."""
+
+    file: str = key("file", "a file, a folder or hf:owner/name")
+    weight: float = key("number", "how often its examples are drawn in an epoch; 0.5: a seeded half", 1.0, above=0)
+    format: str | None = key("choice", "in place of data.format", None, legal=FORMATS, null=True)
+    columns: dict[str, str] | None = key("columns", "in place of data.columns", None, null=True)  # noqa: RUF009
+
+
+Sources = str | tuple[Source, ...]  # as a recipe has it: one name, or a list
 
 
 @dataclass(frozen=True)
 class DataKeys:
     """What is learned from."""
 
-    train: str | None = key("file", "training records; required for training", None, null=True)
-    eval: str | None = key("file", "held-out records for the evaluation loss", None, null=True)
-    max_length: int = key("whole", "longest example in tokens; longer ones are cut on the right", 512, low=2)
-    loss_on: str = key("choice", "what is learned: the answers, or everything", "answer", legal=("answer", "all"))
+    train: Sources | None = key(  # noqa: RUF009
+        "sources", "training records; required for training. A list may give each source a weight", None, null=True,
+        of=Source,
+    )  # fmt: skip
+    eval: Sources | None = key(  # noqa: RUF009
+        "sources", "held-out records for the evaluation loss", None, null=True, of=Source
+    )
+    split: float | None = key(
+        "number", "in place of data.eval: the part of data.train that is held out, chosen by content and seed", None,
+        above=0, below=1, null=True,
+    )  # fmt: skip
+    split_seed: int | None = key("whole", "seed of the split; null: train.seed", None, low=0, null=True)
+    format: str | None = key(
+        "choice", "what the records are; null: recognised by their keys", None, legal=FORMATS, null=True
+    )
+    columns: dict[str, str] | None = key(  # noqa: RUF009
+        "columns", "what the file calls the columns of a format, as in {prompt: question, completion: answer}", None,
+        null=True,
+    )  # fmt: skip
+    system: str | None = key("text", "system prompt of conversations that have none", None, null=True)
+    max_length: int = key("whole", "longest example in tokens", 512, low=2)
+    too_long: str = key(
+        "choice", "longer examples: cut on the right and counted, dropped and counted, or refused", "cut",
+        legal=TOO_LONG,
+    )  # fmt: skip
+    loss_on: str = key(
+        "choice", "what is learned: the answers, the last one of each conversation, or everything", "answer",
+        legal=("answer", "last", "all"),
+    )  # fmt: skip
+    dedupe: bool = key("flag", "leave out records that are equal to an earlier one", False)
     template: str | None = key(
         "text", "a chat template, or a file with one, in place of the tokenizer's", None, null=True
     )
+
+
+def entries(given: Sources) -> tuple[Source, ...]:
+    """The sources of data.train or data.eval."""
+    return (Source(given),) if isinstance(given, str) else given
+
+
+def named(given: Sources | None) -> str:
+    """What messages call them."""
+    return ", ".join(source.file for source in entries(given)) if given is not None else ""
+
+
+def moved(given: Sources | None, place: Callable[[str], str | None]) -> Sources | None:
+    """The same sources elsewhere: `place` gives each file's new path."""
+    if given is None or isinstance(given, str):
+        return None if given is None else place(given)
+    return tuple(replace(source, file=place(source.file) or source.file) for source in given)
 
 
 @dataclass(frozen=True)
@@ -47,6 +109,10 @@ class TrainKeys:
     micro_tokens: int | None = key(
         "whole", "in place of micro_batch: as many examples as fit into so many tokens, padding counted", None, low=2,
         null=True,
+    )  # fmt: skip
+    packing: bool = key(
+        "flag", "lay the examples of a micro-batch end to end in one row of micro_tokens (where null: micro_batch x "
+        "data.max_length), without padding; none sees another", False,
     )  # fmt: skip
     accumulate: int = key("whole", "micro-batches in one optimizer step", 1, low=1)
     lr: float = key("number", "peak learning rate", 2.0e-4, above=0)
@@ -90,9 +156,23 @@ class TrainKeys:
     eval_every: int | None = key("whole", "steps between evaluations; null: only at the end", None, low=1, null=True)
     eval_at_start: bool = key("flag", "with data.eval: also evaluate before the first step", True)
     save_every: int | None = key(
-        "whole", "steps between saves of the adapter; null: ten times in a run", None, low=1, null=True
+        "whole", "steps between checkpoints, from which --resume goes on; null: ten in a run", None, low=1, null=True
     )
+    keep: int = key("whole", "checkpoints that stay, the newest", 2, low=1)
+    keep_best: bool = key(
+        "flag", "also keep the checkpoint of the evaluation with the lowest loss, and make it the run's adapter when "
+        "the run is done; needs eval_every",
+        False,
+    )  # fmt: skip
     log_every: int = key("whole", "steps between lines of metrics", 1, low=1)
+    samples: int = key(
+        "whole", "held-out prompts (of data.eval) that are continued before and after training, for the report", 3,
+        low=0,
+    )  # fmt: skip
+    trackers: tuple[str, ...] = key(
+        "choices", "who else gets each line of metrics, beside metrics.jsonl", (), legal=TRACKERS
+    )
+    report: bool = key("flag", "plan the peak, and write report.html into the run at its end", True)
     dry_step: bool | None = key(
         "flag", "before the first step, try the largest micro-batch of the data and forget it; null: on CUDA", None,
         null=True,

@@ -20,9 +20,10 @@ from .adapters import METHODS, Adapter, adapted_sites
 from .errors import QtuneError
 from .loss import LossOptions, Transform, cross_entropy_sum, logit_transform, trained_tokens
 from .memory import keep_freed_memory, return_freed_memory
-from .memory.boundaries import Boundaries, boundaries_of
+from .memory.boundaries import Away, Boundaries, boundaries_of
 from .memory.layers import device_of, layers_of, leave_layers, run_layers
 from .memory.tiles import tile_mlps, whole_mlps
+from .model.apart import keep_apart, positions, told
 from .model.fused import fuse, use_own_attention
 from .optim import Optimizer
 from .sections import MemoryKeys, TrainKeys
@@ -36,7 +37,8 @@ class NonFinite(QtuneError):
 
 
 class BatchLike(Protocol):
-    """input_ids, attention_mask, labels: int64 [batch, seq]; labels -100 where not trained."""
+    """input_ids, attention_mask, labels: int64 [batch, seq]; labels -100 where not trained. One that is packed also
+    has `lengths`, of the examples in its one row."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -71,33 +73,39 @@ class LanguageModel:
         """The output embedding: whatever stands there now, adapted or not."""
         return self.model.get_output_embeddings()
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden states [batch, seq, hidden], after the final norm."""
-        return self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int] = ()) -> Tensor:
+        """Last hidden states [batch, seq, hidden], after the final norm. lengths: of the examples that lie end to end
+        in the one row, none of which sees another (after `keep_apart`)."""
+        given = {"attention_mask": attention_mask}
+        if lengths:
+            given = {"attention_mask": told(lengths), "position_ids": positions(lengths, input_ids.device)}
+        return self.model.base_model(input_ids=input_ids, use_cache=False, **given).last_hidden_state
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int] = ()) -> Tensor:
         """Full logits [batch, seq, vocabulary], as the loss sees them."""
-        return self.transform(self.head(self.hidden(input_ids, attention_mask)))
+        return self.transform(self.head(self.hidden(input_ids, attention_mask, lengths)))
 
     def loss_sum(self, batch: BatchLike, *, plain: bool = False) -> Tensor:
         """Summed loss over the trained positions of a batch, fp32 scalar. plain: the likelihood alone, without label
         smoothing and z-loss, as evaluation reports it."""
-        hidden = self.hidden(batch.input_ids, batch.attention_mask)
+        hidden = self.hidden(batch.input_ids, batch.attention_mask, getattr(batch, "lengths", ()))
         options = self.loss.plain() if plain else self.loss
         vocabulary = self.config.get_text_config().vocab_size
         return cross_entropy_sum(hidden, batch.labels, self.head, vocabulary, self.transform, options)
 
-    def choose_attention(self, longest: int, device: torch.device | None = None) -> str:
+    def choose_attention(self, longest: int, device: torch.device | None = None, *, packed: bool = False) -> str:
         """On a CPU: our kernel where it runs; else, where no sequence is longer than SHORT, plain products. device:
-        where the model will run, if it is not there yet.
+        where the model will run, if it is not there yet. packed: rows may hold several examples.
 
         torch's fused CPU kernel has a slow backward, and for short sequences the scores that the plain form keeps are
         small. Returns what was chosen, in words; '' where the model keeps what it has.
         """
         device = device or device_of(self.model)
-        if use_own_attention(self.model, device):
+        own = use_own_attention(self.model, device)
+        if packed:
+            keep_apart(self.model)
+            return f"{'qtune' if own else 'torch'}'s kernel, on each example of a row by itself"
+        if own:
             return "qtune's kernel"
         if device.type != "cpu" or longest > SHORT:
             return ""
@@ -106,12 +114,16 @@ class LanguageModel:
 
     def arrange(self, train: TrainKeys, memory: MemoryKeys, folder: Path, kind: str | None = None) -> None:
         """Train as the keys of a recipe ask: layers recomputed or not, their inputs kept where told, MLPs in tiles.
-        folder: of files; kind: of the device that it stands for, if it is on meta."""
+        folder: of files; kind: of the device that it stands for, if it is on meta. Raises QtuneError for a key that
+        cannot be done with this model."""
         device = device_of(self.model)
         away = boundaries_of(memory.boundaries, kind or device.type, device, folder)
         self.checkpointing(away if train.checkpointing else None)
-        if memory.mlp_tile is not None:
-            tile_mlps(self.model, memory.mlp_tile)
+        if memory.mlp_tile is not None and not tile_mlps(self.model, memory.mlp_tile):
+            raise QtuneError(
+                f"memory.mlp_tile is {memory.mlp_tile:,}, and {type(self.model).__name__} has no gated MLP that could "
+                "run in tiles; legal: null"
+            )
 
     def restore(self) -> None:
         """Undo `arrange`."""
@@ -120,11 +132,14 @@ class LanguageModel:
 
     def checkpointing(self, boundaries: Boundaries | None) -> None:
         """In training mode, recompute each layer in the backward pass, its input kept by `boundaries`; None: do not.
-        A model whose layers stand in no list is left to transformers' own checkpointing."""
+        A model whose layers cannot be run one by one is left to transformers' own checkpointing; raises QtuneError
+        where its boundaries should wait elsewhere."""
         model = self.model
         try:
             layers = layers_of(model) or run_layers(model)
         except QtuneError:
+            if isinstance(boundaries, Away):
+                raise
             if boundaries is not None:  # renamed in transformers 5.2x; the older name warns there
                 enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
                 enable({"use_reentrant": False})
@@ -151,6 +166,22 @@ class LanguageModel:
             raise QtuneError(
                 f"{type(self.model).__name__} changes its logits in a way that qtune does not know; "
                 "training it would be wrong"
+            )
+
+    @torch.no_grad()
+    def check_apart(self) -> None:
+        """Raises QtuneError where an example in a packed row does not compute what it computes alone."""
+        ids = torch.arange(8, 20, device=device_of(self.model)).unsqueeze(0)
+        lengths = (7, 5)
+        mode = self.model.training
+        self.model.eval()
+        packed = self.logits(ids, torch.ones_like(ids), lengths)
+        parts = ids.split(lengths, 1)
+        alone = torch.cat([self.logits(part, torch.ones_like(part)) for part in parts], 1)
+        self.model.train(mode)
+        if not torch.allclose(packed.float(), alone.float(), rtol=1e-2, atol=2e-2 * float(alone.abs().max())):
+            raise QtuneError(
+                f"{type(self.model).__name__} lets examples of a packed row see each other; set train.packing to false"
             )
 
 

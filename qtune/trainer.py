@@ -1,37 +1,47 @@
-"""Training: steps, evaluation, metrics, saves. The Trainer takes built objects and knows no method and no scheme.
+"""Training: from a recipe to a run folder. The loop over steps is in `loop`, what a run goes on from in `state`.
 
-A run can end in four ways, and in each the folder is whole: done, Ctrl-C (saved after the step at hand), a loss that
-is not finite (the last saved adapter stays), an error. Left out: exact resume, packing.
+A folder is claimed first, data is read before the base, so that what can be refused is refused early; a train that was
+refused leaves no empty folder behind, and an earlier run in the folder goes only when all of the new one stands.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import shlex
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .adapters import adapted_sites
-from .adapters.files import FIRST, INFO, TENSORS, load_adapter, read_adapter_json, save_adapter, save_first
-from .data import Capacity, Example, load_data, padding, show_example, steps_of, stream
+from .adapters.files import (
+    FIRST,
+    INFO,
+    TENSORS,
+    adapter_tensors,
+    describe_sites,
+    load_adapter,
+    read_adapter_json,
+    save_adapter,
+    save_first,
+)
+from .batches import Capacity, padding
+from .data import Example, load_sets, show_example
 from .errors import QtuneError
-from .evaluate import EvalResult, evaluate
-from .headroom import dry_step, largest, peak_memory, told_out_of_memory, wants_dry_step, within_budget
+from .headroom import peak_memory, told_out_of_memory, within_budget
+from .loop import Trainer, TrainResult
 from .loss import loss_options
 from .memory.layers import device_of
 from .model import load_tokenizer
 from .model.names import KEPT
-from .optim import lr_factor, optimizer_of
 from .quant import storage_from
 from .recipe import Recipe
+from .report.page import PAGE
+from .report.read import RUN
+from .report.record import Recorder
+from .report.trackers import check_trackers
+from .resume import about, base_digest, check_base, check_data, check_recipe, check_schedule, tell_versions
 from .runs import (
     METRICS,
     RECIPE,
@@ -45,205 +55,48 @@ from .runs import (
     save_kept,
     start_base,
 )
-from .safe_io import claim_folder, write_text
-from .screen import Screen, deferred_interrupt, size
-from .sections import MemoryKeys, TrainKeys
-from .step import LanguageModel, NonFinite, TrainStep
+from .safe_io import claimed, write_text
+from .screen import Screen, size
+from .state import Checkpoints, Saved, adapter_in, clear, newest, read_metrics, run_of, set_aside, steps_in, tidy
+from .step import LanguageModel, NonFinite
 
-SAVES = 10  # saves of the adapter in a run, where the recipe does not say
-
-
-class _Stopped(Exception):
-    """Ctrl-C came during an evaluation on the way."""
-
-
-@dataclass
-class TrainResult:
-    """steps: done, of which `skipped` changed nothing. before, after: evaluations at step 0 and at the end.
-    interrupted: by Ctrl-C, saved."""
-
-    folder: Path
-    steps: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    skipped: int = 0
-    interrupted: bool = False
-    losses: list[float] = field(default_factory=list)
-    before: EvalResult | None = None
-    after: EvalResult | None = None
-
-
-class Trainer:
-    """Runs the steps of one run. `save(step)` writes the adapter; `log(row)` writes a metrics line."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        examples: Sequence[Example],
-        held_out: Sequence[Example],
-        keys: TrainKeys,
-        *,
-        folder: Path,
-        screen: Screen,
-        save: Callable[[int], None],
-        memory: MemoryKeys,
-        files: Path,
-    ) -> None:
-        self.model, self.examples, self.held_out, self.keys = model, examples, held_out, keys
-        self.screen, self.save, self.folder = screen, save, folder
-        self.memory, self.files = memory, files
-        self.capacity = Capacity.of(keys)
-        self.steps = steps_of(keys, [len(example.input_ids) for example in examples])
-        self.device = device_of(model.model)
-        self.saved: int | None = None
-        self.in_row = 0  # steps that were skipped, up to now
-        self.train_step = self._step()
-
-    def _step(self) -> TrainStep:
-        return TrainStep(self.model, optimizer_of(self.model.model, self.keys, self.memory), clip=self.keys.clip)
-
-    def run(self) -> TrainResult:
-        """All steps, with evaluation before (where asked), on the way and after. Raises NonFinite naming the last
-        good save."""
-        result = TrainResult(self.folder)
-        if wants_dry_step(self.keys, self.device):  # first of all: what has no room is told before an evaluation
-            self._dry_step()
-        if self.held_out and self.keys.eval_at_start:
-            result.before = self._evaluate(0, "before training")
-        with deferred_interrupt() as interrupted:
-            with self._training():
-                self._loop(result, interrupted)
-            self._save(result.steps)
-            result.interrupted = interrupted()
-        if self.held_out and not result.interrupted:
-            try:
-                result.after = self._evaluate(result.steps, "after training")
-            except KeyboardInterrupt:  # all is saved: the run ends as after any other Ctrl-C
-                result.interrupted = True
-        return result
-
-    @contextmanager
-    def _training(self) -> Iterator[None]:
-        """The model as it trains, and afterwards as it evaluates."""
-        self.model.arrange(self.keys, self.memory, self.files)
-        self.model.model.train()
-        try:
-            yield
-        finally:
-            self.model.restore()
-            self.model.model.eval()
-
-    def _dry_step(self) -> None:
-        """The largest micro-batches of the data once, and nothing of it left but the allocator's room."""
-        tick, batches = time.perf_counter(), largest(self.examples, self.capacity)
-        with self._training():
-            dry_step(self.train_step, batches, self.keys.accumulate)
-        del self.train_step  # its optimizer's states go before new ones are made
-        self.train_step = self._step()
-        sizes = " and ".join("{} x {}".format(*batch.input_ids.shape) for batch in batches)
-        self.screen.line(f"dry step  {sizes} tokens, the largest of the data: {time.perf_counter() - tick:.1f} s")
-
-    def _loop(self, result: TrainResult, interrupted: Callable[[], bool]) -> None:
-        data = stream(self.examples, self.capacity, self.keys.seed)
-        save_every = self.keys.save_every or max(1, math.ceil(self.steps / SAVES))
-        started = time.perf_counter()
-        with self.screen.bar("training", self.steps) as advance:
-            for step in range(1, self.steps + 1):
-                tick = time.perf_counter()
-                batches = [batch.to(self.device) for batch in islice(data, self.keys.accumulate)]
-                factor = lr_factor(step - 1, self.steps, self.keys.schedule, self.keys.warmup)
-                try:
-                    done = self.train_step(batches, step, self.steps, factor)
-                except NonFinite as error:
-                    self._skip(step, factor, error, result)
-                else:
-                    self.in_row = 0
-                    result.tokens += done.tokens
-                    result.losses.append(done.loss)
-                    result.seconds = time.perf_counter() - started
-                    if step % self.keys.log_every == 0 or step == self.steps:
-                        speed = done.tokens / (time.perf_counter() - tick)
-                        self._log(step, {
-                            "loss": done.loss, "lr": self.keys.lr * factor, "grad_norm": done.grad_norm,
-                            "tokens": result.tokens, "trained": done.trained, "tokens_per_s": speed,
-                            "seconds": result.seconds,
-                        })  # fmt: skip
-                result.steps, result.seconds = step, time.perf_counter() - started
-                recent = result.losses[-20:]
-                mean = sum(recent) / max(1, len(recent))
-                advance(1, f"loss {mean:.3f}  {result.tokens / result.seconds:.0f} tok/s")
-                if interrupted():
-                    return
-                if step < self.steps and step % save_every == 0 and not self.in_row:
-                    self._save(step)
-                if step < self.steps and self.keys.eval_every and step % self.keys.eval_every == 0:
-                    with suppress(_Stopped):
-                        self._evaluate(step, f"step {step}", interrupted)
-                if interrupted():
-                    return
-
-    def _skip(self, step: int, factor: float, error: NonFinite, result: TrainResult) -> None:
-        """Count a step that changed nothing, as its loss or gradient is not finite. It stays a step of the schedule and
-        of the data. Raises NonFinite where there were train.max_skipped in a row before it."""
-        self.in_row += 1
-        if self.in_row > self.keys.max_skipped:
-            before = f", and nothing better in {self.in_row - 1} before it" if self.in_row > 1 else ""
-            raise NonFinite(
-                f"{error}{before}; {self.last_save()}. A lower train.lr or a longer train.warmup helps most often"
-            ) from error
-        if not result.skipped:
-            self.screen.line(f"note: {error}; the step is skipped, and so are others, as {METRICS} tells", "yellow")
-        result.skipped += 1
-        self._log(step, {"skipped": result.skipped, "why": str(error), "lr": self.keys.lr * factor})
-
-    def _evaluate(self, step: int, label: str, interrupted: Callable[[], bool] = lambda: False) -> EvalResult:
-        with self.screen.bar("evaluating", len(self.held_out)) as advance:
-
-            def tick(n: int) -> None:
-                advance(n)
-                if interrupted():
-                    raise _Stopped
-
-            result = evaluate(self.model, self.held_out, capacity=self.capacity, advance=tick)
-        self._log(step, result.to_dict())
-        self.screen.line(f"eval  {label}: {result}")
-        return result
-
-    def _save(self, step: int) -> None:
-        self.save(step)
-        self.saved = step
-
-    def last_save(self) -> str:
-        """What of the run is on disk, in words."""
-        if self.saved is None:
-            return "nothing was saved yet"
-        return f"{self.folder / TENSORS} holds the adapter of step {self.saved}"
-
-    def _log(self, step: int, row: dict[str, Any]) -> None:
-        path = self.folder / METRICS
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **row}) + "\n")
-        except OSError as error:
-            raise QtuneError(f"cannot write {path}: {error.strerror or error}; {self.last_save()}") from error
+__all__ = ["TrainResult", "Trainer", "train"]
 
 
 def train(
-    recipe: Recipe, *, screen: Screen | None = None, overwrite: bool = False, start_from: Path | None = None
+    recipe: Recipe,
+    *,
+    screen: Screen | None = None,
+    overwrite: bool = False,
+    start_from: Path | None = None,
+    resume: bool = False,
 ) -> TrainResult:
-    """Run a recipe from nothing to a run folder.
+    """Run a recipe from nothing to a run folder, or go on with the run in it.
 
     overwrite: replace a run that lies in the output folder. start_from: a run whose adapter gives the first values
-    (its optimizer state is not kept). Raises QtuneError; what was saved stays.
+    (its optimizer state is not kept). resume: go on from the newest whole checkpoint in the output folder; where there
+    is none yet, from the start. Raises QtuneError; what was saved stays.
     """
     refuse_ranks()
     screen = screen or Screen(quiet=True)
     if recipe.output is None or recipe.data.train is None:
         raise QtuneError("a recipe to train needs `output` and `data.train`")
+    if resume and overwrite:
+        raise QtuneError("to go on with a run and to replace it exclude each other; give one of --resume, --overwrite")
+    check_trackers(recipe.train.trackers)
     folder = Path(recipe.output).expanduser()
-    if start_from is not None:
+    saved = _saved(recipe, folder, screen) if resume else None
+    if saved is None and start_from is not None:
         _check_start(recipe, start_from, folder)
-    _claim(folder, overwrite)
+    if saved is None and not overwrite:
+        _check_free(folder)
+    with claimed(folder), Recorder(recipe, folder, screen) as record:
+        return _train(recipe, folder, screen, start_from, saved, record)
+
+
+def _train(
+    recipe: Recipe, folder: Path, screen: Screen, start_from: Path | None, saved: Saved | None, record: Recorder
+) -> TrainResult:
     if recipe.dtype == "float16":
         screen.line(
             "note: float16 trains without loss scaling, so that small gradients vanish: "
@@ -253,138 +106,219 @@ def train(
     screen.title("Data")  # first, so that a bad record is told before a large model is loaded
     pick_device(recipe.device)
     tokenizer = load_tokenizer(recipe.model)
-    examples = _examples(recipe, recipe.data.train, tokenizer, screen)
-    held_out = _examples(recipe, recipe.data.eval, tokenizer, screen) if recipe.data.eval else []
-    Capacity.of(recipe.train).check([*examples, *held_out])
-    screen.line("first example, what is trained marked:")
-    screen.line(show_example(examples[0], tokenizer, colour=screen.console.is_terminal))
+    examples, held_out = _data(recipe, tokenizer, screen, record)
+    if saved is not None:
+        check_data(saved, recipe, examples, held_out)
     if recipe.budget is not None:
         screen.line(within_budget(recipe, recipe.budget, [*examples, *held_out], screen))
     screen.title("Load")
-    model = _carrying_adapter(recipe, start_from, tokenizer, examples, screen)
+    model = _carrying_adapter(recipe, start_from, saved, folder, tokenizer, examples, screen)
     language = LanguageModel(model, loss_options(recipe.train, recipe.memory, device_of(model).type))
     language.check()
-    if chosen := language.choose_attention(max(len(example.input_ids) for example in (*examples, *held_out))):
+    longest = max(len(example.input_ids) for example in (*examples, *held_out))
+    if chosen := language.choose_attention(longest, packed=recipe.train.packing):
         screen.line(f"attention  {chosen}")
+    if recipe.train.packing:
+        language.check_apart()
     torch.manual_seed(recipe.train.seed)
     sites = adapted_sites(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     screen.title("Train")
     screen.line(f"adapter  {recipe.adapter.method} on {len(sites)} layers, {trained:,} trained parameters")
-
-    def save(step: int) -> None:
-        save_adapter(
-            model,
-            recipe.adapter,
-            folder,
-            {"model": recipe.model, "scheme": recipe.scheme.to_dict(), "dtype": recipe.dtype, "step": step},
-        )
-
-    _begin(folder, recipe, model, start_from, screen)
+    checkpoints = _checkpoints(recipe, folder, model, examples, held_out)
     trainer = Trainer(
-        language, examples, held_out, recipe.train, folder=folder, screen=screen, save=save, memory=recipe.memory,
-        files=folder_of(recipe),
+        language, examples, held_out, recipe.train, folder=folder, screen=screen, checkpoints=checkpoints,
+        record=record, memory=recipe.memory, files=folder_of(recipe),
     )  # fmt: skip
+    _begin(folder, recipe, trainer, start_from, saved)
+    record.begin(model, examples, held_out, trainer.steps, trainer.before[1] if trainer.before else None)
     screen.line(
         f"{trainer.steps} step{'s' * (trainer.steps != 1)} of {recipe.train.accumulate} x "
-        f"{trainer.capacity}, peak lr {recipe.train.lr:g}"
+        f"{trainer.capacity}, peak lr {recipe.train.lr:g}" + (f"; on from step {saved.step}" if saved else "")
     )
     with told_out_of_memory(recipe, [*examples, *held_out], screen, trainer.last_save):
-        result = trainer.run()
+        record.sample("before", model, tokenizer, held_out)
+        result = _run(trainer)
     peak = peak_memory(trainer.device)
     screen.line(
         f"{result.steps} step{'s' * (result.steps != 1)}, {result.tokens:,} tokens in {result.seconds:.0f} s"
         + (f", {result.skipped} skipped" if result.skipped else "")
         + (f"; peak memory {size(peak)}" if peak else "")
     )
+    if not result.interrupted:
+        record.sample("after", model, tokenizer, held_out)
+    record.end(result.steps, result.interrupted, result.best)
     return result
 
 
+def _run(trainer: Trainer) -> TrainResult:
+    """Run it; where it stops otherwise than asked for, say what is safe and how to go on."""
+    try:
+        return trainer.run()
+    except NonFinite:  # the same steps would come again
+        raise
+    except BaseException:
+        if there := steps_in(trainer.folder):
+            trainer.screen.line(
+                f"safe: the checkpoint of step {there[-1]}. Go on from there:  {way_on(trainer.folder)}", "yellow"
+            )
+        raise
+
+
+def way_on(folder: Path) -> str:
+    """The command that goes on with a run."""
+    return f"qtune train {shlex.quote(str(folder))} --resume"
+
+
+def _data(recipe: Recipe, tokenizer: Any, screen: Screen, record: Recorder) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, told."""
+    sets = load_sets(recipe.data, tokenizer, seed=recipe.train.seed, screen=screen)
+    examples, held_out = sets.train, sets.held_out
+    for report in filter(None, (sets.report, sets.held_out_report)):
+        screen.line(str(report))
+        record.told.append(str(report))
+    _tell_rows(recipe, examples, sets.report.format, tokenizer, screen)
+    Capacity.of(recipe.train).check([*examples, *held_out])
+    screen.line("first example, what is trained marked:")
+    screen.line(show_example(examples[0], tokenizer, colour=screen.console.is_terminal))
+    return examples, held_out
+
+
 def _carrying_adapter(
-    recipe: Recipe, start_from: Path | None, tokenizer: Any, examples: Sequence[Example], screen: Screen
-) -> Any:
-    """The base with the recipe's adapter on it: at its start, or with the values of another run."""
+    recipe: Recipe, start_from: Path | None, saved: Saved | None, folder: Path, tokenizer: Any,
+    examples: Sequence[Example], screen: Screen,
+) -> Any:  # fmt: skip
+    """The base with the recipe's adapter on it: as in a checkpoint of the run, with the values of another run, or at
+    its start."""
+    if saved is not None:
+        model, _ = load_base(recipe, screen, kept=kept_in(folder, saved.folder))
+        check_base(saved, recipe, base_digest(model))
+        load_adapter(model, saved.folder)
+        tell_versions(saved, lambda text: screen.line(f"note: {text}", "yellow"))
+        return model
     if start_from is not None:
-        model, _ = load_base(recipe, screen, kept=kept_in(start_from))
-        load_adapter(model, start_from)
+        adapter, _ = adapter_in(start_from)
+        model, _ = load_base(recipe, screen, kept=kept_in(run_of(start_from), adapter))
+        load_adapter(model, adapter)
         return model
     return start_base(recipe, screen, calibration_text(recipe, tokenizer, screen, examples))
 
 
-def _examples(recipe: Recipe, path: str, tokenizer: Any, screen: Screen) -> list[Example]:
-    keys = recipe.data
-    examples, report = load_data(
-        path, tokenizer, max_length=keys.max_length, loss_on=keys.loss_on, template=keys.template
-    )
-    screen.line(str(report))
-    if path == keys.train and len(examples) > 1:
+def _checkpoints(
+    recipe: Recipe, folder: Path, model: Any, examples: Sequence[Example], held_out: Sequence[Example]
+) -> Checkpoints:
+    base = {"model": recipe.model, "scheme": recipe.scheme.to_dict(), "dtype": recipe.dtype}
+    sites = describe_sites(model)
+
+    def adapter(where: Path, step: int) -> None:
+        save_adapter(model, recipe.adapter, where, {**base, "step": step}, run=folder, sites=sites)
+
+    return Checkpoints(folder, adapter, about(recipe, examples, held_out, base_digest(model)), recipe.train.keep)
+
+
+def _tell_rows(recipe: Recipe, examples: Sequence[Example], form: str, tokenizer: Any, screen: Screen) -> None:
+    """How full the rows are, and what the format of the records means for `qtune chat`."""
+    if len(examples) > 1:
         capacity, lengths = Capacity.of(recipe.train), [len(example.input_ids) for example in examples]
-        screen.line(f"padding  {padding(lengths, capacity, recipe.train.seed):.0%} of micro-batches of {capacity}")
-    if path == keys.train and report.format in ("prompt", "alpaca") and tokenizer.chat_template:
+        empty = padding(lengths, capacity, recipe.train.seed)
         screen.line(
-            f"note: {report.format} records are learned as they stand, without the chat template that `qtune chat` "
+            f"packing  rows of {capacity} are {1 - empty:.1%} full" if capacity.packed
+            else f"padding  {empty:.0%} of micro-batches of {capacity}"
+        )  # fmt: skip
+    if form in ("prompt", "alpaca") and tokenizer.chat_template:
+        screen.line(
+            f"note: {form} records are learned as they stand, without the chat template that `qtune chat` "
             "and most servers put around a question; records with messages are learned with it",
             "yellow",
         )
-    return examples
 
 
-def _claim(folder: Path, overwrite: bool) -> None:
-    """Make the output folder, write something to it, and refuse to train over another run."""
-    if (folder / TENSORS).exists() and not overwrite:
+def _saved(recipe: Recipe, folder: Path, screen: Screen) -> Saved | None:
+    """The checkpoint that a run goes on from; None, told, where nothing was saved yet. Raises QtuneError where it is of
+    another recipe, or where there is an adapter without one."""
+    saved = newest(folder, lambda text: screen.line(f"note: {text}", "yellow"))
+    if saved is not None:
+        check_recipe(saved, recipe)
+        return saved
+    if (folder / TENSORS).exists():
+        raise QtuneError(
+            f"{folder} holds an adapter, but no checkpoint to go on from; take its weights alone into another run with "
+            "--from RUN and another output"
+        )
+    screen.line(f"note: nothing was saved in {folder} yet: the run begins at its start", "yellow")
+    return None
+
+
+def _check_free(folder: Path) -> None:
+    """Raises QtuneError rather than train over another run."""
+    if (folder / TENSORS).exists() or steps_in(folder):
         raise QtuneError(
             f"{folder} already holds a trained adapter; choose another folder with output=..., "
-            "or give --overwrite to replace it"
+            "go on with it (--resume), or give --overwrite to replace it"
         )
-    claim_folder(folder)
 
 
 def _check_start(recipe: Recipe, start_from: Path, folder: Path) -> None:
     """The adapter to start from, and its base, must be those that the recipe describes, or the new run's would lie."""
-    if start_from.resolve() == folder.resolve():
+    if run_of(start_from).resolve() == folder.resolve():
         raise QtuneError(
             f"{folder} is both the run to start from and the output; choose another folder with output=..."
         )
-    info = read_adapter_json(start_from)
+    info = read_adapter_json(adapter_in(start_from)[0])
     saved = {"model": recipe.model, "adapter": info["adapter"]}
     there, here = Recipe.load(saved, training=False).adapter.to_dict(), recipe.adapter.to_dict()
     faults = [f"{k} is {here.get(k)}, there {there.get(k)}" for k in {**here, **there} if here.get(k) != there.get(k)]
     if faults:
         raise QtuneError(
             f"the recipe's adapter is another one than that of {start_from}: {'; '.join(faults)}. "
-            f"Give the recipe the same `adapter` section, or train {start_from / RECIPE}"
+            f"Give the recipe the same `adapter` section, or train {run_of(start_from) / RECIPE}"
         )
     scheme = info["base"].get("scheme", recipe.scheme.to_dict())
     if scheme != recipe.scheme.to_dict():
         faults.append(f"scheme is {recipe.scheme}, there {storage_from(scheme)}")
-    if (start_from / RECIPE).is_file():
-        other, codes = Recipe.load(start_from / RECIPE, training=False), recipe.calibrate.codes
+    if (run_of(start_from) / RECIPE).is_file():
+        other, codes = Recipe.load(run_of(start_from) / RECIPE, training=False), recipe.calibrate.codes
         if codes != other.calibrate.codes and other.model == anchored(recipe).model:  # else packed with those, maybe
             faults.append(f"calibrate.codes is {codes}, there {other.calibrate.codes}")
     if faults:
         raise QtuneError(
             f"the recipe packs its base otherwise than {start_from}: {'; '.join(faults)}. An adapter fits the codes "
-            f"that it was trained on: give the recipe the same, or train {start_from / RECIPE}"
+            f"that it was trained on: give the recipe the same, or train {run_of(start_from) / RECIPE}"
         )
 
 
-def _begin(folder: Path, recipe: Recipe, model: Any, start_from: Path | None, screen: Screen) -> None:
-    """Write the recipe and what the start chose. What an earlier run left goes first: its adapter would lie beside a
-    recipe that is not its own until the first save."""
+def _begin(folder: Path, recipe: Recipe, trainer: Trainer, start_from: Path | None, saved: Saved | None) -> None:
+    """Make the folder that of this run: its recipe, and what the start chose. What an earlier run left goes first: its
+    adapter would lie beside a recipe that is not its own until the first save."""
+    model, screen, step = trainer.model.model, trainer.screen, saved.step if saved else 0
+    if saved is not None:
+        check_schedule(saved, recipe.train, trainer.steps)
+    left = trainer.steps - step
+    adapter = sum(tensor.nbytes for tensor in adapter_tensors(model).values())
+    state = trainer.train_step.optimizer.state_bytes()
+    trainer.checkpoints.check_room(adapter, state, -(left // -trainer.save_every), recipe.train.keep_best)
     try:
-        for path in (
-            *(folder / name for name in (INFO, TENSORS, METRICS, FIRST)),
-            *folder.glob(f"{KEPT}*.safetensors*"),
-        ):
-            path.unlink(missing_ok=True)
+        tidy(folder)
+        if saved is not None:
+            set_aside(folder, step)
+            trainer.checkpoints.publish(step)
+            trainer.go_on_from(saved, read_metrics(folder / METRICS, step))
+        else:
+            clear(folder)
+            for path in (
+                *(folder / name for name in (INFO, TENSORS, METRICS, FIRST, RUN, PAGE)),
+                *folder.glob(f"{KEPT}*.safetensors*"),
+            ):
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise QtuneError(f"cannot replace the run in {folder}: {error}") from error
-    if nbytes := save_kept(model, folder):
-        screen.line(f"base  the codes that the start chose, {size(nbytes)}, are kept in {folder / KEPT}.safetensors")
-    if start_from is None:
-        save_first(model, folder)
-    elif (start_from / FIRST).is_file():
-        shutil.copyfile(start_from / FIRST, folder / FIRST)
+    if saved is None:
+        if kept := save_kept(model, folder):
+            screen.line(f"base  the codes that the start chose, {size(kept)}, are kept in {folder / KEPT}.safetensors")
+        if start_from is None:
+            save_first(model, folder)
+        elif (run_of(start_from) / FIRST).is_file():
+            shutil.copyfile(run_of(start_from) / FIRST, folder / FIRST)
     if (folder / "merged").exists():
         screen.line(f"note: {folder / 'merged'} is of the run before; merge anew with --overwrite", "yellow")
     write_text(folder / RECIPE, anchored(recipe).to_yaml())

@@ -45,6 +45,8 @@ def recipe(root: Path, family: str = "llama", **changes: Any) -> Recipe:
         "data.train": str(write_task(root)),
         "data.eval": str(write_task(root, 12, seed=1)),
         "train.steps": 8,
+        "train.samples": 0,  # a page and its samples take longer than the steps
+        "train.report": False,
         "train.lr": 1e-2,
         "output": str(root / "run"),
     } | {key.replace("__", "."): value for key, value in changes.items()}

@@ -18,7 +18,10 @@ from qtune.demo import write_task
 from qtune.model import load
 from qtune.quant import NF4
 
-COMMANDS = ["chat", "demo", "doctor", "eval", "export", "merge", "methods", "plan", "quantize", "schemes", "train"]
+COMMANDS = [
+    "chat", "compare", "data", "demo", "doctor", "eval", "export", "merge", "methods", "plan", "quantize", "report",
+    "schemes", "train",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

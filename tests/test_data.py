@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from data_kit import chat, lines, marked, only, tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qtune.data import Capacity, DataReport, Example, batches, collate, load_data, show_example, stream, tokenize
-from qtune.encode import read_template
+from qtune.batches import Capacity, batches, collate, stream
+from qtune.data import Example, Record, load_data, read_records, read_template, show_example, tokenize
+from qtune.data.records import LEGAL
 from qtune.errors import QtuneError
-from qtune.records import Record, read_records
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -59,57 +60,6 @@ NO_END = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-SPECIAL += ["[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>"]
-LEGAL = '{"messages": [...]}, {"prompt", "completion"}, {"instruction", "input" (optional), "output"} or {"text"}'
-
-
-def tokenizer(
-    template: str | None = None,
-    *,
-    eos: str | None = "</s>",
-    bos: str | None = None,
-    merges: tuple[tuple[str, str], ...] = (),
-) -> PreTrainedTokenizerFast:
-    """One token a character, and one for each special token. With `bos`, texts are opened with it."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {c: i for i, c in enumerate([*alphabet, *(a + b for a, b in merges)])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
-        )
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos or "<s>", eos_token=eos, pad_token=eos)
-    fast.chat_template = template
-    return fast
-
-
-def marked(example: Example, tok: PreTrainedTokenizerFast) -> str:
-    """The example as text, token by token, trained runs between ⟦ and ⟧. (For ASCII text.)"""
-    parts = []
-    for trained, run in itertools.groupby(
-        zip(example.input_ids, example.trained, strict=True), key=lambda pair: pair[1]
-    ):
-        text = "".join(tok.decode([i]) for i, _ in run)
-        parts.append(f"⟦{text}⟧" if trained else text)
-    return "".join(parts)
-
-
-def chat(*turns: str, where: str = "t.jsonl, line 1") -> Record:
-    """`"user: hi"` turns as a record."""
-    pairs = (turn.split(": ", 1) for turn in turns)
-    return Record("messages", where, messages=tuple({"role": r, "content": c} for r, c in pairs))
-
-
-def only(record: Record, tok: PreTrainedTokenizerFast, **options: Any) -> tuple[Example, DataReport]:
-    examples, report = tokenize([record], tok, **{"max_length": 1000, **options})
-    assert len(examples) == 1
-    return examples[0], report
-
-
 TWO = ("system: be kind", "user: a?", "assistant: yes", "user: b?", "assistant: no")
 CASES = {
     "chatml": (
@@ -185,15 +135,27 @@ def test_loss_on_all_trains_all_but_the_first() -> None:
     assert marked(example, tok) == "a⟦bc</s>⟧"
 
 
-def test_a_template_that_rewrites_an_answer_is_refused() -> None:
+def test_an_answer_that_the_template_shortens() -> None:
+    """Qwen3's template leaves the thoughts of earlier answers out: what is left of the answer is trained."""
     tok = tokenizer(QWEN3)
     record = chat("user: a", "assistant: <think>hm</think>yes", "user: b", "assistant: no")
+    example, _ = only(record, tok)
+    assert marked(example, tok) == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦yes<|im_end|>⟧\n"
+        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nno<|im_end|>⟧\n"
+    )
+
+
+def test_a_template_that_rewrites_an_answer_is_refused() -> None:
+    loud = "m['content'] | upper if m['role'] == 'assistant' and not loop.last else m['content']"
+    tok = tokenizer(CHATML.replace("m['content']", f"({loud})"))
+    record = chat("user: a", "assistant: yes", "user: b", "assistant: no")
     with pytest.raises(
         QtuneError, match=r"t.jsonl, line 1: the chat template renders message 2 .*loss_on: all.*generation"
     ):
         only(record, tok)
     example, _ = only(record, tok, loss_on="all")
-    assert "hm" not in tok.decode(list(example.input_ids))
+    assert "YES" in tok.decode(list(example.input_ids))
 
 
 def test_templates_that_refuse_name_the_record() -> None:
@@ -310,7 +272,8 @@ def test_truncation_is_counted() -> None:
     assert (report.tokens, report.trained) == (17, 7)
     text = str(report)
     assert "t.jsonl: 5 records (prompt) -> 3 examples, 17 tokens, 7 trained (41%)" in text
-    assert "longest 13; 4 cut at 6, 2 dropped" in text
+    assert "longest 13; 4 cut at 6 (2 answers lost tokens), 2 dropped" in text
+    assert report.cut_answers == 2
 
 
 def test_all_dropped_is_an_error() -> None:
@@ -411,13 +374,6 @@ def test_show_example_colours_and_elides() -> None:
 # ---- files ----
 
 
-def lines(folder: Path, *rows: Any, name: str = "t.jsonl") -> Path:
-    """A JSON lines file of values (strings are written as they are)."""
-    path = folder / name
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
-    return path
-
-
 GOOD = {"prompt": "a", "completion": "b"}
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -456,7 +412,10 @@ BAD_LINES = {
     "3": "found 3, not an object",
     "null": "found null, not an object",
     "{}": "of no known format; found an empty object",
-    '{"conversations": [], "id": 1}': "of no known format; found an object with the keys conversations, id",
+    '{"conversations": [], "id": 1}': "'conversations' must be a list of {role, content} objects; found an empty list",
+    '{"question": "a", "id": 1}': "of no known format; found an object with the keys question, id; a recipe can say",
+    '{"system": "a", "id": 1}': "of no known format",
+    '{"chat": "USER: a"}': "has 'chat' but no 'system'",
     '{"prompt": "a", "answer": "b"}': "has 'prompt' but no 'completion'; found an object with the keys prompt, answer",
     '{"output": "a"}': "has 'output' but no 'instruction'",
     '{"prompt": ["a"], "completion": "b"}': "'prompt' must be text; found a list of 1",
@@ -471,7 +430,7 @@ BAD_LINES = {
     '{"messages": []}': "'messages' must be a list of {role, content} objects; found an empty list",
     '{"messages": "hi"}': 'found "hi"',
     '{"messages": ["hi"]}': "message 1: must be an object with 'role' and 'content'; found \"hi\"",
-    '{"messages": [{"from": "human", "value": "a"}]}': "found an object with the keys from, value",
+    '{"messages": [{"speaker": "human", "text": "a"}]}': "found an object with the keys speaker, text",
     '{"messages": [{"role": "users", "content": "a"}]}': "message 1: unknown role 'users' (did you mean 'user'?)",
     '{"messages": [{"role": "user"}]}': "message 1: has no 'content'; found an object with the keys role",
     '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}': "'content' must be text; found a list of 1",
@@ -515,7 +474,8 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("t.json", b"", "holds no records"),
     ("t.json", b"[]", "holds no records"),
     ("t.txt", b" \n", "holds no records"),
-    ("t.csv", b"a,b", "unknown kind of data file: {path} ends in '.csv'; legal: .json, .jsonl, .txt"),
+    ("t.xls", b"a,b", "unknown kind of data file: {path} ends in '.xls'; legal: .csv, .csv.gz, .json, .json.gz, "),
+    ("t.csv", b"prompt,completion", "holds no records"),
     ("t.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2: byte 0xff is not UTF-8 text; save the file as UTF-8"),
     ("t.txt", "hi".encode("utf-16"), "is UTF-16 text"),
     (

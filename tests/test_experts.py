@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qtune.adapters import AdapterSpec, adapt, adapted_sites, find_sites
+from qtune.batches import Batch
 from qtune.checkpoint import Safetensors
-from qtune.data import Batch
 from qtune.errors import QtuneError
 from qtune.export import export_peft, merge
 from qtune.model import load, save_quantized

@@ -24,7 +24,8 @@ from test_data import numbered
 from qtune import headroom
 from qtune.adapters import adapt
 from qtune.adapters.files import save_adapter
-from qtune.data import Capacity, Example, batches, load_data, padding, steps_of, stream
+from qtune.batches import Capacity, batches, padding, steps_of, stream
+from qtune.data import Example, load_data
 from qtune.errors import QtuneError
 from qtune.evaluate import choices_of, evaluate, generate
 from qtune.memory import cuda
@@ -322,6 +323,10 @@ def test_what_is_set_and_what_stays(unset: pytest.MonkeyPatch) -> None:
     unset.setenv(cuda.WORKSPACE, "")
     unset.delenv(cuda.WORKSPACE)
     cuda.settle(torch.device("cuda"))
+    assert os.environ[cuda.ALLOCATOR[0]] == "expandable_segments:True,pinned_max_round_threshold_mb:1" == told.pop()
+    unset.delenv(cuda.ALLOCATOR[0])
+    unset.setattr(torch, "__version__", "2.11.0+cu130")  # which cannot be told
+    cuda.settle(torch.device("cuda"))
     assert os.environ[cuda.ALLOCATOR[0]] == "expandable_segments:True" == told.pop()
     assert os.environ[cuda.WORKSPACE] == ":4096:8"
     unset.setenv(cuda.ALLOCATOR[1], "max_split_size_mb:64")
@@ -330,6 +335,18 @@ def test_what_is_set_and_what_stays(unset: pytest.MonkeyPatch) -> None:
     cuda.settle(torch.device("cuda"))
     assert cuda.ALLOCATOR[0] not in os.environ and os.environ[cuda.WORKSPACE] == ":16:8" and not told
     assert "max_split_size_mb:64" in cuda.told() and not cuda.expandable()
+
+
+def test_page_locked_memory_is_rounded_where_torch_cannot_be_told(unset: pytest.MonkeyPatch) -> None:
+    unset.setattr(torch, "__version__", "2.13.0+cpu")
+    assert cuda.pinned_bytes(34_600_000) == 34_600_000
+    unset.setenv(cuda.ALLOCATOR[0], cuda.EXPANDABLE)
+    assert cuda.pinned_bytes(34_600_000) == 1 << 26 and cuda.pinned_bytes(1 << 26) == 1 << 26
+    unset.setenv(cuda.ALLOCATOR[0], f"{cuda.EXPANDABLE},{cuda.PINNED}:1")
+    assert cuda.pinned_bytes(34_600_000) == 34_600_000
+    unset.delenv(cuda.ALLOCATOR[0])
+    unset.setattr(torch, "__version__", "2.11.0+cu130")
+    assert cuda.pinned_bytes(34_600_000) == 1 << 26 and cuda.pinned_bytes(0) == 0
 
 
 def test_workspaces_are_what_is_set(unset: pytest.MonkeyPatch) -> None:

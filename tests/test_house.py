@@ -32,22 +32,25 @@ ORDER = (
     {"adapters"},
     {"sections"},
     {"peft", "recipe"},
-    {"checkpoint", "gguf", "bnb", "records"},
-    {"encode"},
+    {"checkpoint", "gguf", "bnb"},
     {"loss"},
     {"model", "data"},
+    {"batches"},
     {"memory"},
     {"optim"},
-    {"starting"},
+    {"starting", "state"},
     {"runs"},
+    {"resume"},
     {"step"},
     {"evaluate"},
     {"verify"},
     {"export"},
     {"planner"},
     {"headroom"},
-    {"trainer", "report", "chat", "listing", "doctor"},
-    {"demo"},
+    {"report"},
+    {"loop"},
+    {"trainer", "chat", "listing", "doctor", "show_data"},
+    {"demo", "train_command"},
     {"cli"},
     {"__main__"},
 )
@@ -312,7 +315,8 @@ def expected() -> set[str]:
     """What a wheel must hold, by the names that the files have in the checkout."""
     data = (ROOT / "kernels", ROOT / "configs" / "models")
     files = {path for path in committed() if any(path.is_relative_to(folder) for folder in data)}
-    files |= {*sources("qtune"), ROOT / "qtune" / "py.typed"}
+    files |= {*sources("qtune"), ROOT / "qtune" / "py.typed", ROOT / "qtune" / "report" / "style.css"}
+    files |= set((ROOT / "qtune" / "report").glob("*.html"))
     return {path.relative_to(ROOT).as_posix() for path in files}
 
 

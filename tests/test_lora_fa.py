@@ -14,7 +14,7 @@ from torch import nn
 
 from qtune.adapters import METHODS, AdapterSpec, adapt, adapted_sites
 from qtune.adapters.files import load_adapter, save_adapter
-from qtune.data import Batch
+from qtune.batches import Batch
 from qtune.model.skeleton import build
 from qtune.optim import Optimizer
 from qtune.planner.devices import find_device

@@ -16,7 +16,7 @@ import torch
 from test_planner_trace import bytes_in_order, made
 
 from qtune.adapters import AdapterSpec, adapt
-from qtune.data import Batch
+from qtune.batches import Batch
 from qtune.errors import QtuneError
 from qtune.memory import DISK, HOST, host_empty, mark, place_of
 from qtune.memory.boundaries import Away, Boundaries
@@ -236,7 +236,10 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_are_named(
 def test_what_waits_is_marked_through_views() -> None:
     tensor = mark(torch.zeros(8, 8), HOST)
     assert place_of(tensor[2:].view(-1)) == place_of(torch.nn.Parameter(tensor.t())) == HOST
-    assert place_of(torch.zeros(8)) == "device" and place_of(host_empty((4,), torch.int8, torch.device("meta"))) == HOST
+    assert (
+        place_of(torch.zeros(8)) == "device"
+        and place_of(host_empty((4,), torch.int8, torch.device("meta"), "")) == HOST
+    )
 
 
 # ---- tiles

@@ -29,7 +29,8 @@ print(loose, faults())
 
 RETURN = """
 import torch
-from qtune.memory import return_freed_memory
+from qtune.memory import keep_freed_memory, return_freed_memory
+KEPT_BEFORE
 assert return_freed_memory()
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -43,8 +44,11 @@ print(anonymous() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
-def test_freed_memory_goes_back() -> None:
-    done = subprocess.run([sys.executable, "-c", RETURN], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("before", ["", "keep_freed_memory()"])
+def test_freed_memory_goes_back(before: str) -> None:
+    """Also in a process that trained with resident weights before."""
+    script = RETURN.replace("KEPT_BEFORE", before)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 32 * 1024, "KiB of the 256 MiB"
 
 
@@ -71,7 +75,7 @@ def _huge_pages_can_be_asked_for() -> bool:
 
 
 @pytest.mark.skipif(not _huge_pages_can_be_asked_for(), reason="this system has no huge pages on demand")
-@pytest.mark.parametrize("asked", ["1", "0"])
+@pytest.mark.parametrize("asked", ["1", pytest.param("0", marks=pytest.mark.slow)])
 def test_large_blocks_are_of_huge_pages_unless_the_user_says_no(asked: str) -> None:
     given = {} if asked == "1" else {"THP_MEM_ALLOC_ENABLE": asked}
     environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | given

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import tiny
 
+from qtune.batches import Capacity
 from qtune.cli import main
-from qtune.data import Capacity
 from qtune.errors import QtuneError
 from qtune.planner import fit as fits
 from qtune.planner import knobs
@@ -308,6 +308,7 @@ def test_explain_has_a_row_for_every_knob_sorted_by_what_it_saves(
         "checkpointing off": 4 * 512 * 7,
         "input table on the host": 0, "layers' inputs on the host": 0, "layers' weights on the host": 0,
         "optimizer on the host": 0, "updates in the backward": 0, "MLPs in tiles of 512 tokens": 0,
+        "loss in chunks of 128": 0, "loss in chunks of 1,024": 0, "optimizer lion": 0, "optimizer adafactor": 0,
     }  # fmt: skip
     assert [row.difference for row in rows] == sorted(by_words.values())
     assert all(row.plan is not None and peak(row.plan) - peak(start) == row.difference for row in rows)

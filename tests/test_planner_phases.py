@@ -23,6 +23,7 @@ from qtune.errors import QtuneError
 from qtune.export import write_merged
 from qtune.model import load
 from qtune.model.loading import Fill
+from qtune.optim import optimizer_of
 from qtune.planner import measure as measuring
 from qtune.planner import phases, runtime
 from qtune.planner.devices import find_device
@@ -285,7 +286,9 @@ def test_saved_bytes_are_those_of_the_file(
     assert loading.kept == kept
     save_first(model, tmp_path)
     once = kept + (first.stat().st_size if first.exists() else 0)
-    assert 2 * content < phases.save_phase(plan, whole, loading).disk - once < 2 * (content + info) + 4096
+    state = optimizer_of(model, plan.recipe.train).state_bytes()  # with train.keep checkpoints and the next one
+    planned = phases.save_phase(plan, whole, loading).disk - once - 3 * state
+    assert 5 * content < planned < 5 * (content + info) + 4096
 
 
 def test_merged_bytes_are_those_of_the_checkpoint(folder: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import runs_helper
 import tiny
 from rich.console import Console
 
+from qtune.batches import Capacity
 from qtune.cli import main
-from qtune.data import Capacity
 from qtune.errors import QtuneError
 from qtune.planner import report, request, sweep
 from qtune.planner.devices import find_device
@@ -186,6 +186,7 @@ def test_json_is_the_whole_plan(file: Path, capsys: pytest.CaptureFixture[str]) 
     assert again.scheme.name == "nf4" and value["shape"]["length"] == 32
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_the_smallest_change(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [file, "--device", "4090", "data.max_length=64", "train.checkpointing=false", "--batch"]
     most, least = (json.loads(run(capsys, *options, rows, "--json")[0])["peak"] for rows in (512, 1))

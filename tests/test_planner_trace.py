@@ -18,7 +18,7 @@ from transformers import Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, Q
 
 import qtune
 from qtune.adapters import METHODS, Adapter, AdapterSpec, adapt
-from qtune.data import Batch
+from qtune.batches import Batch
 from qtune.errors import QtuneError
 from qtune.model import load
 from qtune.model.skeleton import build

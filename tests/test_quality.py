@@ -42,6 +42,11 @@ def fill(quality: ModuleType, book: Any) -> None:
                 perplexity = PERPLEXITY[name][seed] + (rate != LR[name])
                 found = {"accuracy": 0.75} if kind == "task" else {"perplexity": perplexity, "peak_bytes": 1 << 30}
                 book.add(book.run_key(cell, kind, rate, seed), found | {"step_seconds": 1.5})
+    for times, name in ((1, "lora"), (2, "qwha")):
+        cell = cell_of(quality, f"cost/int3-g64/{name}")
+        book.add(book.start_key(cell), {"start_seconds": 9.0, "trained": 1, "perplexity": 30.0})
+        ((kind, rate, seed),) = book.runs(cell)
+        book.add(book.run_key(cell, kind, rate, seed), {"step_seconds": 1.5 * times, "peak_bytes": times << 30})
     for label in ("ablation/int3-g64/qwha", "nuclear/nf4-single/pissa T=5"):
         start = {"start_seconds": 9.0, "trained": 1, "layer_error": error(0.5), "nuclear": 0.19, "perplexity": 30.0}
         book.add(book.start_key(cell_of(quality, label)), start)
@@ -72,15 +77,16 @@ def test_a_start_that_diverges_is_not_chosen(quality):
 def test_tables(quality, monkeypatch, tmp_path, capsys):
     fill(quality, quality.Book(full=False, same_code=True))
     results = importlib.import_module("results")
-    names = ("quality", "quality-starts", "quality-papers")
+    names = ("quality", "quality-cost", "quality-starts", "quality-papers")
     monkeypatch.setattr(results, "README", tmp_path / "README.md")
     monkeypatch.setattr(results, "TABLES", {name: results.TABLES[name] for name in (*names, "merge")})
     results.README.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in names))
     results.main()
     text = results.README.read_text()
-    assert "| int3-g64 | lora | 1.000, 1.050 | 200,000 | 61.00 (60.00 to 62.00) | 0.001 | 75.0% | 1.50 |" in text
+    assert "| int3-g64 | lora | 1.000, 1.050 | 200,000 | 61.00 (60.00 to 62.00) | 0.001 | 75.0% |" in text
     assert "41.00 (40.00 to 42.00) | 0.0001 | 75.0% |" in text
     assert "| nf4-single | nearest | pissa T=5 | 18 | 0.500, 0.550 | 19.0% | 30.00 | 9 |" in text
     assert "loftq > lora (LoftQ, table 5) | qwha ~ cloq > lora |" in text
+    assert "| qwha | 9 | 3.00 | 2.00 | 2,048 MiB | 2.00 |" in text, "of lora's"
     assert "| qwha |  |  | 0.50 |" in text and "merge: no results yet" in capsys.readouterr().out
     assert all(row["code"] for row in map(json.loads, quality.RESULTS.read_text().splitlines()))

@@ -50,7 +50,7 @@ def test_defaults() -> None:
     assert recipe.adapter.method == "lora"
     assert recipe.adapter.targets == ("all-linear",)
     assert recipe.adapter.options == {n: p.default for n, p in METHODS["lora"].options().items()}
-    assert recipe.data == DataKeys("train.jsonl", None, 512, "answer", None)
+    assert recipe.data == DataKeys("train.jsonl", None, max_length=512, loss_on="answer", template=None)
     assert recipe.train == TrainKeys(epochs=1.0) and (recipe.train.micro_batch, recipe.train.lr) == (4, 2e-4)
     assert recipe.memory == MemoryKeys() and set(asdict(recipe.memory).values()) == {"device", None}
 
@@ -62,7 +62,7 @@ BAD = {
     "train.trian=x": "train: unknown key 'trian'; legal: accumulate",
     "train.model=x": "warmup, weight_decay, z_loss; it is called model at the top",
     "train.max_length=9": "train: unknown key 'max_length'; legal: accumulate, betas",
-    "data.trian=x": "data: unknown key 'trian' (did you mean 'train'?); legal: eval, loss_on, max_length",
+    "data.trian=x": "data: unknown key 'trian' (did you mean 'train'?); legal: columns, dedupe, eval",
     "train=fast": "train is 'fast'; legal: a mapping with the keys steps, epochs, micro_batch",
     "data=[a.jsonl]": "data is ['a.jsonl']; legal: a mapping with the keys train, eval",
     "model=": "model is null; legal: text",
@@ -91,13 +91,13 @@ BAD = {
     "adapter.rank=0": "adapter.rank must be at least 1, not 0",
     "adapter.targets=5": "adapter.targets is 5; legal: all-linear, a name pattern, or a list of patterns",
     "adapter.targets=[q_proj, 3]": "adapter.targets is ['q_proj', 3]; legal: all-linear",
-    "data.train=": "data.train is missing; legal: a .jsonl, .json or .txt file",
-    "data.train=5": "data.train is 5 (not text in YAML: put it in quotes); legal: a .jsonl, .json or .txt file or null",
+    "data.train=": "data.train is missing; legal: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder",
+    "data.train=5": "data.train is 5 (not text in YAML: put it in quotes); legal: a .jsonl, .json, .csv, .tsv",
     "data.eval=nowhere.jsonl": "data.eval is 'nowhere.jsonl': no such file in ",
     "data.max_length=1": "data.max_length is 1; legal: a whole number >= 2",
     "data.max_length=51.5": "data.max_length is 51.5; legal: a whole number >= 2",
     "data.max_length=null": "data.max_length is null; legal: a whole number >= 2",
-    "data.loss_on=answers": "data.loss_on is 'answers'; legal: answer, all",
+    "data.loss_on=answers": "data.loss_on is 'answers'; legal: answer, last, all",
     "data.template=3": "data.template is 3 (not text in YAML: put it in quotes); legal: text or null",
     "train.steps=0": "train.steps is 0; legal: a whole number >= 1 or null",
     "train.steps=true": "train.steps is True; legal: a whole number >= 1 or null",
@@ -125,7 +125,14 @@ BAD = {
     "train.eval_every=0": "train.eval_every is 0; legal: a whole number >= 1 or null",
     "train.eval_every=5": "train.eval_every is 5, but data.eval is null; legal: null, or give data.eval",
     "train.save_every=x": "train.save_every is 'x'; legal: a whole number >= 1 or null",
+    "train.keep=0": "train.keep is 0; legal: a whole number >= 1",
+    "train.keep_best=true": "train.keep_best is true, but train.eval_every is null: there is nothing to choose from",
     "train.log_every=null": "train.log_every is null; legal: a whole number >= 1",
+    "train.samples=-1": "train.samples is -1; legal: a whole number >= 0",
+    "train.report=yes please": "train.report is 'yes please'; legal: true or false",
+    "train.trackers=wandb": "train.trackers is 'wandb'; legal: a list of aim, clearml, comet_ml, dvclive, mlflow",
+    "train.trackers=[wandb, board]": "train.trackers is ['wandb', 'board']; legal: a list of aim",
+    "train.trackers=[wandb, wandb]": "train.trackers is ['wandb', 'wandb'] (one of them twice); legal: a list of aim",
     "memory.weights=gpu": "memory.weights is 'gpu'; legal: device, host, disk",
     "memory.embeddings=disk": "memory.embeddings is 'disk'; legal: device, host",
     "memory.mlp_tile=0": "memory.mlp_tile is 0; legal: a whole number >= 1 or null",
@@ -352,7 +359,7 @@ def test_keys_for_the_docs() -> None:
     assert rows["train.lr"] == ("train.lr", 2e-4, "a number > 0", "peak learning rate")
     assert rows["model"].default == "required"
     assert (rows["scheme"].default, rows["adapter"].default) == ("nf4", "lora")
-    assert len(rows) == len(table) == 48
+    assert len(rows) == len(table) == 61
     assert all(row.doc and row.legal for row in rows.values())
     assert not [name for name in rows if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", name)]
 

@@ -18,9 +18,10 @@ import tiny
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from qtune import demo, doctor, evaluate, export, runs, trainer
+from qtune import demo, doctor, evaluate, export, loop, runs, trainer
+from qtune.batches import collate
 from qtune.cli import main
-from qtune.data import Example, collate
+from qtune.data import Example
 from qtune.errors import QtuneError
 from qtune.evaluate import EvalResult
 from qtune.loss import CHUNK_ELEMENTS
@@ -92,7 +93,7 @@ def test_an_overwritten_run_never_pairs_the_old_adapter_with_the_new_recipe(
     monkeypatch.setattr(Trainer, "run", stop)
     with pytest.raises(KeyboardInterrupt):
         train(runs_helper.recipe(tmp_path, adapter__rank=8), overwrite=True)
-    assert [p.name for p in finished.iterdir()] == ["recipe.yaml"]
+    assert sorted(p.name for p in finished.iterdir()) == ["recipe.yaml", "run.json"]
 
 
 def test_a_bad_record_and_a_folder_without_a_model_are_told_before_loading(
@@ -164,7 +165,7 @@ def test_a_full_disk_names_the_file_and_the_last_save(tmp_path: Path, monkeypatc
             raise OSError(28, "No space left on device")
         return open(*args, **options)
 
-    monkeypatch.setattr(trainer, "open", full, raising=False)
+    monkeypatch.setattr(loop, "open", full, raising=False)
     with pytest.raises(QtuneError, match=r"metrics.jsonl: No space left on device; .* holds the adapter of step 3"):
         train(runs_helper.recipe(tmp_path))
 
@@ -371,7 +372,8 @@ def test_an_interrupted_run_says_a_command_that_goes_on(
     line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("go on"))
     monkeypatch.undo()
     assert main(line.partition("qtune ")[2].split()) == 0
-    assert Recipe.load(tmp_path / "one-2" / "recipe.yaml").adapter.options["rank"] == 2
+    assert Recipe.load(tmp_path / "one" / "recipe.yaml").adapter.options["rank"] == 2
+    assert json.loads((tmp_path / "one" / "adapter.json").read_text())["base"]["step"] == 1
 
 
 def test_the_demo_takes_any_folder_name(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from torch import nn
 
 from qtune import loss as loss_module
 from qtune.adapters import AdapterSpec, adapt
-from qtune.data import Capacity, Example, collate, load_data, steps_of
+from qtune.batches import Capacity, collate, steps_of
+from qtune.data import Example, load_data
 from qtune.errors import QtuneError
 from qtune.evaluate import choices_of, evaluate
 from qtune.loss import LossOptions, cross_entropy_sum, logit_transform, loss_options
@@ -326,7 +327,7 @@ def test_a_run_learns_and_leaves_a_whole_folder(tmp_path: Path) -> None:
         result.before.accuracy is not None and result.after.accuracy == 1.0 and result.after.loss < result.before.loss
     )
     assert sorted(p.name for p in result.folder.iterdir()) == [
-        "adapter.json", "adapter.safetensors", "metrics.jsonl", "recipe.yaml",
+        "adapter.json", "adapter.safetensors", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json",
     ]  # fmt: skip
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if "loss" in r] == list(range(1, 61))

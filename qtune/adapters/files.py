@@ -1,8 +1,9 @@
 """Adapter files: `adapter.safetensors` (`{site}.{parameter}`, what sites share once), `adapter.json` (method, digests).
 
-The JSON is written last and holds the sha256 of the tensors' file, so that a mixed or cut-off pair is noticed. Loading
-is strict: an adapter fits one set of packed weights, so other weights, another scheme, a missing, extra or mis-shaped
-tensor are refused, all in one error, and the model is untouched unless everything fits.
+The JSON is written last and holds the sha256 of the tensors' file, so that a mixed or cut-off pair is noticed (a run
+has a whole one in its checkpoints then: qtune/state.py). Loading is strict: an adapter fits one set of packed weights,
+so other weights, another scheme, a missing, extra or mis-shaped tensor are refused, all in one error, and the model is
+untouched unless everything fits.
 An adapter that does not start as the identity has its first values beside it (`start.safetensors`): what was learned
 is the difference. `kept` counts layers whose codes are the run's own; they lie in files of the run (qtune/runs.py).
 """
@@ -33,13 +34,23 @@ TENSORS, INFO, FIRST = "adapter.safetensors", "adapter.json", "start.safetensors
 SHOWN = 8  # faults of a load that are listed in full
 
 
-def save_adapter(model: nn.Module, spec: AdapterSpec, folder: str | Path, base_info: Mapping[str, Any]) -> None:
+def save_adapter(
+    model: nn.Module,
+    spec: AdapterSpec,
+    folder: str | Path,
+    base_info: Mapping[str, Any],
+    *,
+    run: str | Path | None = None,
+    sites: Mapping[str, Any] | None = None,
+) -> None:
     """Write the adapter that `model` carries to `folder`, each file atomically.
 
-    base_info: JSON values that say which base it is for. Raises QtuneError without an adapter or where writing fails.
+    base_info: JSON values that say which base it is for. run: the folder that holds its first values, if another.
+    sites: what `describe_sites` said of the model, whose base has not changed since. Raises QtuneError without an
+    adapter or where writing fails.
     """
-    sites = adapted_sites(model)
-    if not sites:
+    described = describe_sites(model) if sites is None else sites
+    if not described:
         raise QtuneError("this model carries no adapter to save")
     tensors = {name: value.detach().cpu().contiguous() for name, value in adapter_tensors(model).items()}
     content = safetensors.torch.save(tensors, {"format": "pt"})
@@ -52,13 +63,28 @@ def save_adapter(model: nn.Module, spec: AdapterSpec, folder: str | Path, base_i
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "kept": len(kept_layers(model)),
-        "first": _digest(Path(folder) / FIRST),
-        "sites": {n: _identity(s.base) | _started(s.start) for n, s in sites.items()},
+        "first": _digest(Path(folder if run is None else run) / FIRST),
+        "sites": described,
     }
     folder = Path(folder)
     with replacing(folder / TENSORS) as file:
         file.write(content)
     write_json(folder / INFO, info)
+
+
+def describe_sites(model: nn.Module) -> dict[str, Any]:
+    """What adapter.json says of each site. It reads all the codes of the bases, so say it once where there are many
+    saves."""
+    return {name: _identity(site.base) | _started(site.start) for name, site in adapted_sites(model).items()}
+
+
+def is_whole_pair(folder: str | Path) -> bool:
+    """Are there both files in `folder`, and of the same save?"""
+    try:
+        content, info = (Path(folder) / TENSORS).read_bytes(), read_adapter_json(folder)
+    except (OSError, QtuneError):
+        return False
+    return len(content) == info["bytes"] and hashlib.sha256(content).hexdigest() == info["sha256"]
 
 
 def _digest(path: Path) -> str | None:
@@ -87,15 +113,16 @@ def save_first(model: nn.Module, folder: str | Path) -> None:
             file.write(safetensors.torch.save(tensors, {"format": "pt"}))
 
 
-def load_first(model: nn.Module, folder: str | Path) -> None:
-    """Give the adapter that `model` carries its values from before training.
+def load_first(model: nn.Module, folder: str | Path, adapter: str | Path) -> None:
+    """Give the adapter that `model` carries its values from before training. folder: of the run; adapter: where its
+    adapter.json lies, which knows the file.
 
     Raises QtuneError where the run does not hold them, or holds others' names or shapes.
     """
     path = Path(folder) / FIRST
     try:
         content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != read_adapter_json(folder).get("first"):
+        if hashlib.sha256(content).hexdigest() != read_adapter_json(adapter).get("first"):
             raise QtuneError(f"{path} is not the file that {INFO} was written for: its sha256 differs")
         tensors = safetensors.torch.load(content)
     except OSError as error:

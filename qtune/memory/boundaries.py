@@ -21,10 +21,11 @@ from .host import DISK, is_here
 
 @dataclass(eq=False)
 class Kept:
-    """One layer's inputs, put aside; owned by the graph. away: where they lie; back: those that were fetched; done: the
-    copy's event."""
+    """One layer's inputs, put aside; owned by the graph. away: where they lie, in `buffers`; back: those that were
+    fetched; done: the copy's event."""
 
     away: list[Tensor] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
     back: list[Tensor] = field(default_factory=list)
     done: Any = None
     leaving: Sequence[Tensor] = ()
@@ -48,20 +49,26 @@ class Boundaries:
 
 
 class Away(Boundaries):
-    """In host memory (page-locked on CUDA), or with `folder` in a mapped file."""
+    """In host memory (page-locked on CUDA), or with `folder` in a mapped file.
+
+    A buffer is bytes, for whatever comes: one that is too small for what is largest so far goes when a larger one is
+    taken, so that there are never more than one pass needs.
+    """
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
-        self.device, self.there = device, Elsewhere(device, folder, "the inputs of layers")
+        self.device, self.there = device, Elsewhere(device, folder, "the inputs of layers", "memory.boundaries")
         self._stack: list[weakref.ref[Kept]] = []
-        self.free: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
+        self.free: list[Tensor] = []  # buffers, uint8
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def put(self, ctx: Any, tensors: Sequence[Tensor]) -> Kept:
         if self.stack:
             self._left(self.stack[-1])
-        kept = Kept([self._buffer(x) for x in tensors], leaving=tensors)
+        kept = Kept(buffers=[self._buffer(x.nbytes) for x in tensors], leaving=tensors)
+        weakref.finalize(kept, self.free.extend, kept.buffers).atexit = False  # a forward pass without a backward
+        kept.away = [b[: x.nbytes].view(x.dtype).view(x.shape) for b, x in zip(kept.buffers, tensors, strict=True)]
         self._copy(zip(kept.away, tensors, strict=True), kept)
-        for buffer in kept.away:
+        for buffer in kept.buffers:
             self.there.release(buffer)
         self._stack.append(weakref.ref(kept))
         return kept
@@ -108,6 +115,7 @@ class Away(Boundaries):
             with torch.cuda.stream(self.stream):
                 for into, x in pairs:
                     into.copy_(x, non_blocking=True)
+                    (into if into.is_cuda else x).record_stream(self.stream)  # a pass that is given up frees it at once
             kept.done = self.stream.record_event()
 
     def _wait(self, kept: Kept) -> None:
@@ -115,15 +123,20 @@ class Away(Boundaries):
             torch.cuda.current_stream(self.device).wait_event(kept.done)
             kept.done = None
 
-    def _buffer(self, x: Tensor) -> Tensor:
-        free = self.free.setdefault((tuple(x.shape), x.dtype), [])
-        return free.pop() if free else self.there.empty(x.shape, x.dtype)
+    def _buffer(self, nbytes: int) -> Tensor:
+        for place, buffer in enumerate(self.free):
+            if buffer.numel() >= nbytes:
+                return self.free.pop(place)
+        if self.free:
+            self.there.drop(self.free.pop())
+        return self.there.empty([nbytes], torch.uint8)
 
     def _drop(self, kept: Kept) -> None:
         """Its buffers are free for others. The copy out of them is over before the next one into them: one stream."""
-        for buffer in kept.away:
+        for buffer in kept.buffers:
             self.there.release(buffer)
-            self.free.setdefault((tuple(buffer.shape), buffer.dtype), []).append(buffer)
+        self.free += kept.buffers
+        kept.buffers.clear()  # the finalizer has this list, too
         kept.away = []
 
 

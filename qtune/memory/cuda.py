@@ -4,8 +4,9 @@ workspaces are.
 Expandable segments grow by pages where the default takes a new segment for what fits into none: less is lost between
 blocks of unequal steps. The workspace is cuBLAS's own advice for the card (32 MiB from Hopper on, else 4 MiB and some
 small ones); torch's default is the same, but changed between its releases (PR 175344), and a plan must know it.
-What the user has set stays. Sources: PyTorch's notes on CUDA, "Optimizing memory usage with PYTORCH_ALLOC_CONF";
-aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize.
+Page-locked host memory comes in powers of two by default, which for packed layers is up to twice what they are; torch
+2.13 can be told not to. What the user has set stays. Sources: PyTorch's notes on CUDA, "Optimizing memory usage with
+PYTORCH_ALLOC_CONF"; aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .host import large_pages
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch 2.10 and later read both; the first is its name
 EXPANDABLE = "expandable_segments:True"
+PINNED = "pinned_max_round_threshold_mb"  # beyond so much, blocks of page-locked memory are what was asked for
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 SHORT, LONG = ":4096:2:16:8", ":4096:8"  # KiB and how many of them
 HOPPER = (9, 10, 12)  # capabilities from Hopper on, which take the long one
@@ -33,10 +35,11 @@ def settle(device: torch.device) -> None:
     if device.type != "cuda":
         return
     if _given() is None and expandable() and not torch.cuda.is_initialized():
-        os.environ[ALLOCATOR[0]] = EXPANDABLE
+        settings = ",".join([EXPANDABLE, *([f"{PINNED}:1"] if _knows_pinned() else [])])
+        os.environ[ALLOCATOR[0]] = settings
         # a build that has read the variables while it was loaded is told by the call
         if set_now := getattr(torch._C, "_accelerator_setAllocatorSettings", None):
-            set_now(EXPANDABLE)
+            set_now(settings)
     if WORKSPACE not in os.environ:
         os.environ[WORKSPACE] = workspace_config(torch.cuda.get_device_capability(device))
 
@@ -55,6 +58,18 @@ def expandable(ours: bool = True) -> bool:
         return ours and sys.platform != "win32"
     found = re.findall(r"expandable_segments:(\w+)", given.replace(" ", ""), re.IGNORECASE)
     return bool(found) and found[-1].lower() == "true"
+
+
+def _knows_pinned() -> bool:
+    """Can torch be told how to round page-locked memory? Since 2.13."""
+    return tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) >= (2, 13)
+
+
+def pinned_bytes(nbytes: int) -> int:
+    """What a block of page-locked host memory takes in a run of this project."""
+    given = _given()
+    exact = _knows_pinned() if given is None and expandable() else PINNED in (given or "")
+    return nbytes if exact or nbytes < 1 else 1 << (nbytes - 1).bit_length()
 
 
 def workspace_config(capability: tuple[int, int]) -> str:

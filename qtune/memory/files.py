@@ -6,11 +6,13 @@ the system's cache of it), and touching them brings them back.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,21 +27,27 @@ from .host import DISK, HOST, host_empty, mark
 PAGE = mmap.ALLOCATIONGRANULARITY
 RELEASE = getattr(mmap, "MADV_DONTNEED", None)
 FETCH = getattr(mmap, "MADV_WILLNEED", None)
+REMOVE = getattr(mmap, "MADV_REMOVE", None)
 
 
 class Elsewhere:
     """Tensors that wait for `device` in host memory, or with `folder` in a mapped file; on meta, where a plan runs, in
-    neither, but marked. what: the words for errors."""
+    neither, but marked. what: the words for errors; key: of the recipe, that asks for it."""
 
-    def __init__(self, device: torch.device, folder: Path | None, what: str) -> None:
-        self.device, self.place = device, HOST if folder is None else DISK
+    def __init__(self, device: torch.device, folder: Path | None, what: str, key: str) -> None:
+        self.device, self.place, self.key = device, HOST if folder is None else DISK, key
         self.file = None if folder is None or device.type == "meta" else MappedFile(folder, what)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A fresh tensor there."""
         if self.file is None:
-            return host_empty(shape, dtype, self.device, self.place)
+            return host_empty(shape, dtype, self.device, f"set {self.key} to disk or device", self.place)
         return self.file.empty(prod(shape) * dtype.itemsize).view(dtype).view(*shape)
+
+    def drop(self, tensor: Tensor) -> None:
+        """It is not wanted any more: its place in the file is free."""
+        if self.file is not None:
+            self.file.drop(tensor)
 
     def release(self, tensor: Tensor) -> None:
         """Its pages are not needed for now."""
@@ -77,11 +85,19 @@ class MappedFile:
                 os.truncate(self.file.fileno(), self.nbytes + length)
             mapped = mmap.mmap(self.file.fileno(), length, offset=self.nbytes)
         except OSError as error:
-            raise self._full(nbytes, shutil.disk_usage(self.folder).free) from error
-        self.nbytes += length
+            raise self._refused(nbytes, error) from error
         tensor = mark(torch.frombuffer(mapped, dtype=torch.uint8), DISK)[:nbytes]
         self._maps[tensor.data_ptr()] = mapped
+        self.nbytes += length
         return tensor
+
+    def drop(self, tensor: Tensor) -> None:
+        """The caller lets go of a tensor that `empty` gave: its blocks go back to the disk where the system can punch
+        holes, its mapping goes with it."""
+        mapped = self._maps.pop(tensor.data_ptr())
+        if REMOVE is not None:
+            with suppress(OSError):  # a file system that cannot: the blocks stay until the file is closed
+                mapped.madvise(REMOVE)
 
     def release(self, tensor: Tensor) -> None:
         """Give the pages of a tensor back to the system; its values stay."""
@@ -95,7 +111,15 @@ class MappedFile:
         if advice is not None:
             self._maps[tensor.data_ptr()].madvise(advice)
 
-    def _full(self, nbytes: int, free: int) -> QtuneError:
+    def _refused(self, nbytes: int, error: OSError) -> QtuneError:
+        if error.errno == errno.ENOMEM:
+            return QtuneError(
+                f"the system maps no more of {self.what} ({error.strerror}): it allows a process too few mappings "
+                f"(vm.max_map_count; {len(self._maps):,} are in use here) or too little address space"
+            )
+        free = shutil.disk_usage(self.folder).free
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return QtuneError(f"cannot write {self.what} to {self.folder}: {error.strerror or error}")
         return QtuneError(
             f"no room for {self.what} in {self.folder}: {size(nbytes)} more are needed, {size(free)} are free; set "
             "memory.folder to a folder on a larger disk"

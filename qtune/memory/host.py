@@ -23,10 +23,9 @@ from ..screen import size
 from ..sections import PLACES
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # the numbers of M_TRIM_THRESHOLD ... in glibc's malloc.h
+MAPPINGS = 65536  # glibc's own limit of them
 OWN_PAGES = 1 << 20  # bytes of a block that is a mapping of its own
-LARGE_PAGES = (
-    "THP_MEM_ALLOC_ENABLE"  # torch's: blocks of 2 MiB and more ask for huge pages, on Linux
-)
+LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's: blocks of 2 MiB and more ask for huge pages, on Linux
 
 DEVICE, HOST, DISK = PLACES
 _making: ContextVar[str] = ContextVar("making", default=DEVICE)
@@ -55,14 +54,18 @@ def return_freed_memory() -> bool:
     (12 layers of a 7B, streamed: a peak of 1,450 MiB in place of 1,800, planned 1,270, for a tenth more CPU time)."""
     if platform.libc_ver()[0] != "glibc":
         return False
-    return bool(ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, OWN_PAGES))
+    mallopt = ctypes.CDLL(None).mallopt
+    kept = mallopt(MMAP_MAX, MAPPINGS) and mallopt(TRIM_THRESHOLD, OWN_PAGES)  # what the other one has set
+    return bool(kept) and bool(mallopt(MMAP_THRESHOLD, OWN_PAGES))
 
 
-def host_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, place: str = HOST) -> Tensor:
+def host_empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, instead: str, place: str = HOST
+) -> Tensor:
     """A tensor in host memory, to wait in for `device`: page-locked for CUDA, which then copies beside the computation.
 
     On meta, where a plan runs, it is on meta too, and marked; `place` may then be DISK. Raises QtuneError where the
-    system has no such memory.
+    system has no such memory. instead: what the user can do then.
     """
     with on_host(place):
         if device.type == "meta":
@@ -73,7 +76,7 @@ def host_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, p
             kind = "page-locked host memory" if device.type == "cuda" else "host memory"
             raise QtuneError(
                 f"the system gave no {size(prod(shape) * dtype.itemsize)} of {kind} ({str(error).splitlines()[0]}); "
-                "set the key of `memory` that is host to disk or device"
+                f"{instead}"
             ) from error
 
 

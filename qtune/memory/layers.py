@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ..errors import QtuneError
 from ..model.layerwise import decoder_layers
 from ..quant import QuantLinear
 from .boundaries import Boundaries, Kept
+from .random import random_states, replayed
 from .tiles import blank, unread
 
 
@@ -67,7 +69,6 @@ class Layers:
             self.boundaries.clear()
         self.boundaries = boundaries
         self._trained = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
-        self._random = [_draws(layer) for layer in self.layers]
         self._unread: dict[Any, bool] = {}
 
     def unread(self, index: int) -> bool:
@@ -118,7 +119,8 @@ class _Call:
     ) -> None:
         self.layers, self.boundaries, self.index = layers, boundaries, index
         self.leaves, self.spec, self.places = leaves, spec, places
-        self.state = _random_state() if layers._random[index] else None
+        self.device = next(x.device for x in leaves if isinstance(x, Tensor))
+        self.state = random_states(self.device)  # dropout, and whatever else a layer draws
         self.out: TreeSpec
         self.kept: Kept
 
@@ -150,7 +152,7 @@ class _Recomputed(torch.autograd.Function):
         ]
         layers.weights.enter(call.index, backward=True)
         try:
-            with torch.enable_grad(), _Replayed(call.state), blank(layers.unread(call.index)):
+            with torch.enable_grad(), replayed(call.state, call.device), blank(layers.unread(call.index)):
                 args, kwargs = call.arguments(given)
                 flat = tree_flatten(layers._own[call.index](*args, **kwargs))[0]
             layers.learn(call.index, len(flat) == 1 and unread(flat[0]))
@@ -184,7 +186,14 @@ def device_of(model: Any) -> torch.device:
 
 
 def run_layers(model: nn.Module, weights: Weights | None = None) -> Layers:
-    """Let the decoder layers of a model be run by `Layers`. Raises QtuneError where it keeps them in no list."""
+    """Let the decoder layers of a model be run by `Layers`. Raises QtuneError where it keeps them in no list, or where
+    layers take more of earlier ones than these return: keys and values, in Gemma 3n and 4, would get no gradient."""
+    config: Any = model.config
+    if shared := getattr(config.get_text_config(), "num_kv_shared_layers", 0):
+        raise QtuneError(
+            f"the last {shared} layers of {type(model).__name__} take keys and values of layers before them, which "
+            "cannot be run one by one; memory.weights and memory.boundaries must be device"
+        )
     layers = Layers(decoder_layers(model)[1], weights or Resident())
     model.qtune_layers = layers  # type: ignore[assignment]
     return layers
@@ -196,44 +205,3 @@ def leave_layers(model: nn.Module) -> None:
     if layers is not None:
         layers.remove()
         del model.qtune_layers
-
-
-# ---- dropout
-
-
-def _draws(layer: nn.Module) -> bool:
-    """Does a layer draw random numbers? Dropout is a module's `p`, or a number that its attention hands on."""
-    names = ("attention_dropout", "attn_dropout", "resid_dropout", "dropout")
-    for module in layer.modules():
-        p = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else None
-        if p or any(isinstance(v := getattr(module, name, None), float) and v > 0 for name in names):
-            return True
-    return False
-
-
-def _random_state() -> list[Tensor]:
-    """Of the CPU, and of the current CUDA device where there is one in use."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else states
-
-
-class _Replayed:
-    """The random numbers of the forward pass once more; those of now afterwards. None: nothing is drawn."""
-
-    def __init__(self, state: list[Tensor] | None) -> None:
-        self.state = state
-
-    def __enter__(self) -> None:
-        if self.state is not None:
-            self.now = _random_state()
-            _restore(self.state)
-
-    def __exit__(self, *_: Any) -> None:
-        if self.state is not None:
-            _restore(self.now)
-
-
-def _restore(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1])

@@ -27,7 +27,7 @@ class Store(Elsewhere):
     what it is, or on meta what it stands for."""
 
     def __init__(self, device: torch.device, kind: str, folder: Path | None = None) -> None:
-        super().__init__(device, folder, "the streamed weights")
+        super().__init__(device, folder, "the streamed weights", "memory.weights")
         self.kind = kind
         if self.file is not None and kind == "cpu":  # before loading, which would leave a heap full of holes
             return_freed_memory()
@@ -81,6 +81,10 @@ class Slots:
         self.held: list[int | None] = [None, None]  # the layer in each slot
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:  # what loading still computes may be in the memory that the slots got
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+            for slot in self.slots:  # and a pass that is given up frees them at once
+                slot.record_stream(self.stream)
         self.ready: list[Any] = [None, None]  # the copy into a slot is over
         self.free: list[Any] = [None, None]  # what was computed from a slot is over
         self.backward, self.inside = False, -1

@@ -1,7 +1,8 @@
 """Gated MLPs a tile of tokens at a time: their wide hidden tensors exist for one tile only.
 
     forward   y[tile] = mlp(x[tile]), without a graph; x is kept
-    backward  each tile again with a graph, which is differentiated at once; gradients of parameters are summed in fp32
+    backward  each tile again with a graph (and the random numbers of the first time), which is differentiated at once;
+              gradients of parameters are summed in fp32
 An MLP sees each token by itself, so this is exact (ALST, 2506.13996, tiles likewise). The cost is one more forward pass
 of the MLPs. A layer that ends in `x + mlp(...)` is spared it: when it is recomputed nobody reads what its MLP gives, so
 from the second time on nothing is computed there (`unread`, `blank`).
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .random import random_states, replayed
 
 _blank: ContextVar[bool] = ContextVar("blank", default=False)
 
@@ -86,6 +89,7 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, own: Any, tokens: int, *trained: nn.Parameter) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.own, ctx.tokens, ctx.trained = own, tokens, trained
+        ctx.state = random_states(rows.device)
         return rows.new_zeros(1).expand(rows.shape) if _blank.get() else _forward(rows, own, tokens)
 
     @staticmethod
@@ -94,15 +98,16 @@ class _Tiled(torch.autograd.Function):
         needed = ctx.needs_input_grad[0]
         dx = torch.empty_like(rows) if needed else None
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in ctx.trained]
-        for at in range(0, len(rows), ctx.tokens):
-            with torch.enable_grad():
-                part = rows[at : at + ctx.tokens].detach().requires_grad_(needed)
-                y = ctx.own(part.unsqueeze(0))[0]
-            wanted = ([part] if needed else []) + list(ctx.trained)
-            grads = list(torch.autograd.grad(y, wanted, dy[at : at + ctx.tokens], allow_unused=True))
-            del y
-            if dx is not None:
-                dx[at : at + ctx.tokens] = grads.pop(0)
-            for into, g in zip(sums, grads, strict=True):
-                into += 0 if g is None else g  # None: of an adapter that is switched off
+        with replayed(ctx.state, rows.device):
+            for at in range(0, len(rows), ctx.tokens):
+                with torch.enable_grad():
+                    part = rows[at : at + ctx.tokens].detach().requires_grad_(needed)
+                    y = ctx.own(part.unsqueeze(0))[0]
+                wanted = ([part] if needed else []) + list(ctx.trained)
+                grads = list(torch.autograd.grad(y, wanted, dy[at : at + ctx.tokens], allow_unused=True))
+                del y
+                if dx is not None:
+                    dx[at : at + ctx.tokens] = grads.pop(0)
+                for into, g in zip(sums, grads, strict=True):
+                    into += 0 if g is None else g  # None: of an adapter that is switched off
         return dx, None, None, *(s.to(p.dtype) for s, p in zip(sums, ctx.trained, strict=True))

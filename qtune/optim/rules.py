@@ -14,6 +14,7 @@ torch has none, bitsandbytes is there for CUDA only. Adafactor's step is lr itse
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -66,6 +67,19 @@ def with_states(inner: Any) -> None:
                 step.zero_()
             elif step is not None:
                 inner.state[tensor]["step"] = 0
+
+
+@lru_cache
+def state_bytes(rule: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of the states that a rule keeps for a parameter, of more than one value each: made once and counted."""
+    tensor = torch.zeros(shape, dtype=dtype)
+    inner = made(
+        rule, [{"params": [tensor], "places": [0], "weight_decay": 0.0}], 1.0, BETAS.get(rule, (0.0, 0.0)), 0, 1
+    )
+    with_states(inner)
+    return sum(
+        value.nbytes for value in inner.state[tensor].values() if isinstance(value, Tensor) and value.numel() > 1
+    )
 
 
 class _Rule(torch.optim.Optimizer):

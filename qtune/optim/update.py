@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import QtuneError
 from ..memory import HOST, host_empty, mark
 from . import rules
 
 NARROW = (torch.bfloat16, torch.float16)
+MASTER = "master"
+SHOWN = 8  # faults of a restore that are listed
 TOGETHER = 1 << 24  # values whose gradients are made fp32 at a time: 64 MiB, where all at once would be a step's peak
 
 
@@ -39,6 +42,10 @@ class Rates:
         decay would pull them away from it."""
         rule = rules.rule_of(self.rule, parameter)
         return rule, self.scales.get(name, 1.0), self.weight_decay if parameter.dim() > 1 else 0.0
+
+    def state_bytes(self, wide: Tensor) -> int:
+        """Bytes of the states that the rule keeps for a tensor."""
+        return rules.state_bytes(rules.rule_of(self.rule, wide), tuple(wide.shape), wide.dtype)
 
     def master_of(self, parameter: nn.Parameter) -> Tensor:
         """What the rule updates: the parameter itself, or an fp32 copy of it."""
@@ -99,6 +106,36 @@ class Bucket:
     def gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter, _ in self.pairs if parameter.grad is not None]
 
+    # ---- saved and restored
+
+    def state(self, names: Mapping[nn.Parameter, str]) -> Iterator[tuple[str, Tensor | int]]:
+        """Every master and state under `parameter/state`, as it is, not a copy."""
+        for parameter, wide in self.pairs:
+            if wide is not parameter:
+                yield f"{names[parameter]}/{MASTER}", wide.detach()
+            for inner in self.inner:
+                for key, value in inner.state.get(wide, {}).items():
+                    yield f"{names[parameter]}/{key}", value
+
+    @torch.no_grad()
+    def restore(self, names: Mapping[nn.Parameter, str], saved: Mapping[str, Tensor | int], faults: list[str]) -> None:
+        """Fill in what `state` gave. A parameter that had no states yet has none again."""
+        for inner in self.inner:
+            if not inner.state:
+                rules.with_states(inner)
+        for parameter, wide in self.pairs:
+            name = names[parameter]
+            if wide is not parameter:
+                _fill(f"{name}/{MASTER}", wide, saved, faults)
+            for inner in self.inner:
+                states = inner.state.get(wide, {})
+                if states and not any(f"{name}/{key}" in saved for key in states):
+                    inner.state.pop(wide)
+                    continue
+                for key, value in states.items():
+                    if (found := _fill(f"{name}/{key}", value, saved, faults)) is not None:
+                        states[key] = found
+
     # ---- in host memory
 
     def make_room(self) -> None:
@@ -117,7 +154,7 @@ class Bucket:
         for key, tensor, put in self._movable():
             one = self.waiting.get(key)
             if one is None:
-                host = mark(host_empty(tensor.shape, tensor.dtype, self.device), HOST)
+                host = mark(host_empty(tensor.shape, tensor.dtype, self.device, "set memory.optimizer to device"), HOST)
                 one = self.waiting[key] = _Waiting(host, put, host)
             one.host.copy_(tensor, non_blocking=stream is not None)
             if stream is not None:
@@ -139,6 +176,22 @@ class Bucket:
                 for name, state in states.items():
                     if isinstance(state, Tensor) and state.numel() > 1:
                         yield (tensor, name), state, partial(states.__setitem__, name)
+
+
+def _fill(name: str, here: Tensor | int, saved: Mapping[str, Tensor | int], faults: list[str]) -> Tensor | int | None:
+    """What `here` becomes: the same tensor with the saved values, or the saved number; None, and a fault, where there
+    is none that fits."""
+    found = saved.get(name)
+    if isinstance(here, Tensor) and isinstance(found, Tensor):
+        if found.shape == here.shape and found.dtype == here.dtype:
+            return here.copy_(found)
+        wanted = f"{tuple(here.shape)} {here.dtype}"
+        faults.append(f"{name} is {tuple(found.shape)} {found.dtype}, the optimizer needs {wanted}")
+    elif isinstance(here, int) and isinstance(found, int):
+        return found
+    else:
+        faults.append(f"{name} is missing" if found is None else f"{name} is of another kind")
+    return None
 
 
 class Optimizer:
@@ -194,6 +247,39 @@ class Optimizer:
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters."""
         return list(self.names)
+
+    def state(self) -> dict[str, Tensor | int]:
+        """All that the next update depends on besides the parameters and their gradients: `parameter/master` and
+        `parameter/state`, tensors (as they are, not copies) and whole numbers."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        return {name: value for bucket in self.buckets.values() for name, value in bucket.state(self.names)}
+
+    def restore(self, saved: Mapping[str, Tensor | int]) -> None:
+        """Go on from what `state` gave, bit for bit. Raises QtuneError with all that does not fit; then the optimizer
+        is to be made anew."""
+        faults: list[str] = []
+        for bucket in self.buckets.values():
+            if self.host:
+                bucket.make_room()
+                bucket.bring()
+            bucket.restore(self.names, saved, faults)
+            if self.host:
+                self._beside(partial(bucket.give_back, self._stream))
+        known = set(self.names.values())
+        faults += [f"{name} is of no trained parameter" for name in saved if name.rpartition("/")[0] not in known]
+        if faults:
+            raise QtuneError(
+                f"the optimizer's states do not fit: {'; '.join(faults[:SHOWN])}{' ...' * (len(faults) > SHOWN)}"
+            )
+
+    def state_bytes(self) -> int:
+        """Bytes of `state` once every parameter has been updated, scalars of a few bytes left out."""
+        total = 0
+        for bucket in self.buckets.values():
+            for parameter, wide in bucket.pairs:
+                total += (wide.nbytes if wide is not parameter else 0) + bucket.rates.state_bytes(wide)
+        return total
 
     def begin(self, factor: float | None) -> None:
         """A backward follows; factor: that of the update which it may make, None: none."""

@@ -252,9 +252,7 @@ def refuse_beyond(
     found = fit(request, screen)
     start = f"the plan's peak is {size(peak(plan))} on {device.name}, beyond the budget of {size(budget)}"
     if found.missing:
-        raise QtuneError(
-            f"{start}; no change of the recipe that is known here makes it fit: {size(found.missing)} are missing"
-        )
+        raise QtuneError(f"{start}; none of the changes that --fit makes is enough: {size(found.missing)} are missing")
     by = max(plan.phases, key=lambda phase: phase.device if phase.name != "merge" else 0, default=None)
     if not found.change:
         raise QtuneError(f"{start}; it is reached in: {by.name if by else 'training'}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adapters import METHODS
+from ..memory.host import is_here
 from ..quant import Average, Mixed, Storage, scheme_from
 from ..recipe import Recipe
 from ..starting import wants
@@ -24,6 +25,8 @@ LENGTH_FLOOR, RANK_FLOOR = 256, 4  # --fit goes no lower: below, a run is anothe
 PLACED = {
     "boundaries": "layers' inputs", "weights": "layers' weights", "embeddings": "input table", "optimizer": "optimizer",
 }  # fmt: skip
+LOSS_CHUNKS = (128, 1024)
+OTHER_RULES = {"lion": "one state; wants a lower lr", "adafactor": "hardly any states, and learns in another way"}
 MLP_TILES = (2048, 512)  # tokens: below, products are too small to be quick
 
 
@@ -73,7 +76,7 @@ def _elsewhere(recipe: Recipe, key: str, kind: str, what: str, cost: str) -> Ite
     at = getattr(recipe.memory, key)
     if at == "device" and kind != "cpu":
         yield Level({f"memory.{key}": "host"}, f"{what} on the host", cost)
-    if at == "device" and kind == "cpu":
+    if is_here(at, kind) and kind == "cpu":
         yield Level({f"memory.{key}": "disk"}, f"{what} on disk", "are read from a file's pages")
 
 
@@ -91,7 +94,7 @@ def optimizer(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
 def micro_batch(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
     rows, times = recipe.train.micro_batch or 1, recipe.train.accumulate
     tokens = recipe.train.micro_tokens or 0
-    while (tokens := tokens // 2) >= shape.length:
+    while (tokens := tokens // 2) >= shape.longest:
         change = {"train.micro_tokens": tokens, "train.accumulate": (recipe.train.micro_tokens or 0) // tokens * times}
         yield Level(change, f"micro-batches of {tokens:,} tokens", "smaller products")
     for fewer in range(rows - 1, 0, -1):
@@ -149,7 +152,7 @@ def _bits(scheme: Storage) -> float:
 def length(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
     length = recipe.data.max_length
     while (length := length // 2) >= LENGTH_FLOOR:
-        if length < shape.length:
+        if length < shape.longest:
             change = {"data.max_length": length}
             yield Level(change, f"max_length {length:,}", "examples are cut")
 
@@ -177,12 +180,12 @@ LAST = (low_bits, length, rank)  # they change what is learned, or how well
 
 def both_ways(request: Request) -> Iterator[Level]:
     """Every knob alone, up and down, from the recipe as it is."""
-    recipe, keys, kind = request.recipe, request.recipe.train, request.device.kind
+    recipe, keys, kind, shape = request.recipe, request.recipe.train, request.device.kind, request.shape()
     for knob in (checkpointing, table, boundaries, weights, optimizer, states, early, scheme, low_bits):
-        yield from knob(recipe, request.shape(), kind)
+        yield from knob(recipe, shape, kind)
     for few in (mlp_tile, micro_batch, samples, length, rank):  # one level down is enough to see what a knob does
-        yield from list(few(recipe, request.shape(), kind))[:1]
-    yield from embeddings(recipe, request.shape(), kind)
+        yield from list(few(recipe, shape, kind))[:1]
+    yield from embeddings(recipe, shape, kind)
     if keys.checkpointing and recipe.memory.weights == "device":
         yield Level({"train.checkpointing": False}, "checkpointing off", "faster")
     for key, what in PLACED.items():
@@ -190,6 +193,12 @@ def both_ways(request: Request) -> Iterator[Level]:
             yield Level({f"memory.{key}": "device"}, f"{what} on the device", "no copies")
     if recipe.memory.mlp_tile is not None:
         yield Level({"memory.mlp_tile": None}, "MLPs whole", "larger products")
+    for chunk in LOSS_CHUNKS:
+        if chunk != recipe.memory.loss_chunk and chunk < shape.trained:
+            yield Level({"memory.loss_chunk": chunk}, f"loss in chunks of {chunk:,}", "products of another size")
+    for rule, cost in OTHER_RULES.items():
+        if keys.optimizer != rule:
+            yield Level({"train.optimizer": rule, "train.betas": None}, f"optimizer {rule}", cost)
     if keys.optimizer == "adamw8":
         yield Level({"train.optimizer": "adamw"}, "optimizer adamw", "fp32 states and masters")
     elif keys.master_weights and recipe.dtype == "bfloat16":

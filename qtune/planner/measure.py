@@ -247,13 +247,14 @@ def batch_of(shape: Shape, vocabulary: int, device: torch.device) -> MetaBatch:
     labels[:, 1:][chosen] = ids[:, 1:][chosen]
     if shape.padded:
         mask[0, -1] = 0
-    return MetaBatch(ids.to(device), mask.to(device), labels.to(device), shape.trained, shape.padded)
+    lengths = tuple(shape.lengths)
+    return MetaBatch(ids.to(device), mask.to(device), labels.to(device), shape.trained, shape.padded, lengths)
 
 
 def _steps(model: Any, recipe: Recipe, batches: Sequence[Any]) -> None:
     """The trainer's own steps; nothing of them is left but what the allocator keeps."""
     language = LanguageModel(model, loss_options(recipe.train, recipe.memory, device_of(model).type))
-    language.choose_attention(batches[0].input_ids.shape[1])
+    language.choose_attention(batches[0].input_ids.shape[1], packed=bool(batches[0].lengths))
     language.arrange(recipe.train, recipe.memory, folder_of(recipe))
     model.train()
     step = TrainStep(language, optimizer_of(model, recipe.train, recipe.memory), clip=recipe.train.clip)

@@ -22,7 +22,9 @@ from ..adapters import METHODS, adapted_sites
 from ..adapters.files import FORMAT, adapter_tensors
 from ..checkpoint import NAMES, Entry
 from ..export import PROMPT_TOKENS, PROMPTS, merged_entries
-from ..memory import DEVICE, place_of
+from ..memory import DEVICE, HOST, place_of
+from ..memory.cuda import pinned_bytes
+from ..optim import optimizer_of
 from ..verify import in_dtype
 from .allocator import peak_allocated
 from .layers import cut, pattern
@@ -88,7 +90,7 @@ def start_phase(plan: Plan, whole: nn.Module) -> Phase:
                 traced[key] = _reset(plan, site, None), _reset(plan, site, ("cpu",))
             timeline.gone(timeline.insert(*traced[key][0]).values())
             drawn.gone(drawn.insert(*traced[key][1]).values())
-    host = peak_allocated(drawn.sizes, drawn.events, 1)[0]
+    host = peak_allocated(drawn.sizes, drawn.events, 1)[0] + _waiting(whole)
     return Phase("adapter start", timeline.peak(plan.device), _host(plan, host), 0, "the adapter's first values")
 
 
@@ -105,6 +107,12 @@ def _reset(plan: Plan, site: Any, devices: tuple[str, ...] | None) -> tuple[Trac
 def _unique(model: nn.Module) -> list[Tensor]:
     """What of a model lies in the device's memory."""
     return [t for t in (*model.parameters(), *model.buffers(), *slots_of(model)) if place_of(t) == DEVICE]
+
+
+def _waiting(model: nn.Module) -> int:
+    """Bytes of a model that wait in the host's memory for another device."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum({id(t.untyped_storage()): pinned_bytes(_nbytes(t)) for t in tensors if place_of(t) == HOST}.values())
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -132,13 +140,13 @@ def evaluate_phase(plan: Plan, few: Any) -> Phase:
         if trace.kinds[block] == "buffer":
             timeline.buffers[trace.ops[block]] = new
     timeline.insert(*evaluate_trace(plan, few))
-    return Phase("evaluate", timeline.peak(plan.device), _host(plan, 0), 0, "no backward")
+    return Phase("evaluate", timeline.peak(plan.device), _host(plan, trace.waiting), 0, "no backward")
 
 
 def evaluate_trace(plan: Plan, model: Any) -> tuple[Trace, int]:
     """`loss_sum` of a micro-batch over a model on meta, and the number of its first event."""
     shape = plan.shape
-    batch = MetaBatch.of(shape.rows, shape.length, shape.trained, shape.padded)
+    batch = MetaBatch.of(shape.rows, shape.length, shape.trained, shape.padded, shape.lengths)
     language = language_of(model, plan.recipe.train, batch, plan.device, plan.recipe.memory)
     model.eval()
     tracer = tracer_of(plan, answer=answers(shape.trained, shape.padded))
@@ -156,16 +164,22 @@ def evaluate_trace(plan: Plan, model: Any) -> tuple[Trace, int]:
 
 def save_phase(plan: Plan, whole: nn.Module, loading: Loading) -> Phase:
     """Save: the adapter's tensors become one string of bytes; each file is written beside the one that it replaces.
-    What the start chose is written once: the run's own codes, and first values that are no identity."""
+    A checkpoint has the optimizer's states as well, and a new one is whole before the oldest goes. What the start chose
+    is written once: the run's own codes, and first values that are no identity."""
     tensors = adapter_tensors(whole)
     content, info = adapter_bytes(tensors), _info_bytes(plan, whole, loading.layers)
     first = content if METHODS[plan.recipe.adapter.method].bound is not None else 0
     copies = content if plan.device.kind == "cuda" else 0
     device = plan.process if plan.device.kind == "cuda" else _after(plan) + content
-    disk = 2 * (content + info) + len(plan.recipe.to_yaml().encode()) + first + loading.kept
+    keys = plan.recipe.train
+    optimizer = optimizer_of(whole, keys, plan.recipe.memory, torch.device(plan.device.kind))
+    count, pair = keys.keep + 1 + keys.keep_best, content + info
+    recipe = len(plan.recipe.to_yaml().encode())
+    disk = count * (pair + optimizer.state_bytes()) + 2 * pair + recipe + first + loading.kept
     extra = [*(["first values"] if first else []), *(["codes of the start"] if loading.kept else [])]
-    note = ", ".join(["the adapter, old and new", *extra])
-    return Phase("save", device, _host(plan, content + copies), disk, note)
+    note = ", ".join([f"the adapter, and {count} checkpoints with the optimizer's states", *extra])
+    waiting = plan.trace.waiting if plan.trace is not None else 0
+    return Phase("save", device, _host(plan, content + copies + waiting), disk, note)
 
 
 def _after(plan: Plan) -> int:
@@ -217,7 +231,7 @@ class Merging:
             for number, tensor in enumerate(tensors)
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dtype != torch.float32
         }  # of the tensors, by number: bytes in fp32
-        self.written, self.host, self.disk = Timeline(), 0, 0
+        self.written, self.host, self.disk, self.waiting = Timeline(), 0, 0, _waiting(whole)
         for nbytes in self.static:
             self.written.born(nbytes)
         traced: dict[Any, Trace] = {}
@@ -249,7 +263,9 @@ class Merging:
         on_cpu = 2 * logits if plan.device.kind == "cpu" else 0  # the reference's and the written model's are kept
         in_fp32, dense = reference.peak(plan.device, 1) + on_cpu, self.written.peak(plan.device, 1) + on_cpu
         decides = how if in_fp32 >= dense else "the largest layer in fp32"
-        return Phase("merge", max(in_fp32, dense), _host(plan, max(self.host, 2 * logits)), self.disk, decides)
+        return Phase(
+            "merge", max(in_fp32, dense), _host(plan, max(self.host, 2 * logits) + self.waiting), self.disk, decides
+        )
 
     def _reference(self, few: Any) -> tuple[Timeline, str]:
         """`Reference.of`: all that is not packed is cast to fp32, one tensor after the other."""

@@ -76,13 +76,20 @@ class Moment:
 
 @dataclass(frozen=True)
 class Shape:
-    """The micro-batch that is planned for. source: where it comes from, in words."""
+    """The micro-batch that is planned for. source: where it comes from, in words; lengths: of the examples that lie
+    end to end in its one row, if they do."""
 
     rows: int
     length: int
     trained: int
     padded: bool
     source: str
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(self.lengths, default=self.length)
 
     @property
     def tokens(self) -> int:
@@ -184,10 +191,18 @@ def shapes_of(recipe: Recipe) -> tuple[Shape, ...]:
         rows = recipe.train.micro_batch or 1
         sizes, words = [(rows, length)], "train.micro_batch x data.max_length, all tokens trained"
     else:
+        if recipe.train.packing:
+            return (packed_row(tokens, min(length, tokens), tokens, "as many as fit into train.micro_tokens, packed"),)
         length, words = min(length, tokens), "as many as fit into train.micro_tokens, all tokens trained"
         many = -(-tokens // length)  # the fewest rows that can fill it, all but a rest below their number
         sizes = list(dict.fromkeys([(many, tokens // many), (tokens // length, length)]))
     return tuple(Shape(rows, length, rows * (length - 1), rows > 1, words) for rows, length in sizes)
+
+
+def packed_row(tokens: int, longest: int, trained: int, source: str) -> Shape:
+    """A row of examples as long as they can be, which takes kernels the most, and of what is left."""
+    lengths = (longest,) * (tokens // longest) + ((tokens % longest,) if tokens % longest else ())
+    return Shape(1, tokens, min(trained, tokens - len(lengths)), False, source, lengths)
 
 
 def worst_of(plans: Iterable[Plan]) -> Plan:
@@ -198,9 +213,9 @@ def worst_of(plans: Iterable[Plan]) -> Plan:
 def check_shape(shape: Shape, model: Model) -> None:
     """Raises QtuneError for a sequence beyond the model's positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and shape.length > positions:
+    if positions is not None and shape.longest > positions:
         raise QtuneError(
-            f"data.max_length is {shape.length:,}, beyond the {positions:,} positions of {model.name}; "
+            f"data.max_length is {shape.longest:,}, beyond the {positions:,} positions of {model.name}; "
             f"legal: 2 to {positions:,}"
         )
 
@@ -227,7 +242,7 @@ def plan_recipe(
         return worst_of(plan_recipe(recipe, device, model=model, shape=one, budget=budget) for one in shapes)
     started = time.perf_counter()
     check_shape(shape, model)
-    batch = MetaBatch.of(shape.rows, shape.length, shape.trained, shape.padded)
+    batch = MetaBatch.of(shape.rows, shape.length, shape.trained, shape.padded, shape.lengths)
     with refused_by_name(model):
         trace, whole = planned_trace(maker(model, recipe), recipe.train, batch, device, recipe.memory)
     return planned(model, recipe, device, "qtune", shape, trace, whole, budget, time.perf_counter() - started)
@@ -340,6 +355,8 @@ def plan_stack(
     started = time.perf_counter()
     model = model or find_model(recipe.model)
     shape = shape or shapes_of(recipe)[0]
+    if shape.lengths:
+        raise QtuneError("train.packing is true, and other stacks are planned with padded micro-batches; legal: false")
     check_shape(shape, model)
     settings = replace(hf_settings(recipe, shape.rows, shape.length), release=release)
     with refused_by_name(model):

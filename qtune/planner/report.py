@@ -16,10 +16,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..screen import Screen, size
+from ..screen import Screen, count, duration, size
 from .breakdown import GROUPS
 from .fit import Fit, Row, Rung, peak, shown
-from .plan import CLOSE, HEAP, Plan, stored_as
+from .plan import CLOSE, HEAP, Plan, Shape, stored_as
 from .request import Request
 from .roofline import Speed
 
@@ -94,12 +94,18 @@ def head(plan: Plan) -> list[Text]:
             f"by {keys.optimizer}{' with checkpointing' if keys.checkpointing else ', no checkpointing'}"
         ),
         Text(
-            f"{shape.rows:,} example{'s' * (shape.rows != 1)} of {shape.length:,} tokens in a micro-batch"
+            f"{_micro_batch(shape)} in a micro-batch"
             f"{f', {keys.accumulate:,} micro-batches a step' if keys.accumulate > 1 else ''}"
         ),
         Text(f"  {shape.source}", "dim"),
         Text(f"{plan.device.name}, {size(plan.device.memory)}" + _limit(plan)),
     ]
+
+
+def _micro_batch(shape: Shape) -> str:
+    if shape.lengths:
+        return f"{shape.length:,} tokens of examples of up to {shape.longest:,}, packed in one row,"
+    return f"{shape.rows:,} example{'s' * (shape.rows != 1)} of {shape.length:,} tokens"
 
 
 def _limit(plan: Plan) -> str:
@@ -266,27 +272,6 @@ def speed_lines(speed: Speed | str, request: Request, own: bool = True) -> tuple
         text.append(" if every micro-batch is as large")
     text.append(f" (bound by {speed.bound}).")
     return text, speed.assumptions
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 380 ms, 1.7 s, 115 s, 14 min, 3 h 20 min, 4.2 days."""
-    if seconds < 1:
-        return f"{seconds * 1e3:.0f} ms"
-    if seconds < 180:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    hours, rest = divmod(minutes, 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{hours} h {rest} min" if hours < 48 else f"{seconds / 86400:.1f} days"
-
-
-def count(n: int) -> str:
-    """A number of parameters in three digits: 6.74 B, 40.0 M."""
-    for unit, factor in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if n >= factor:
-            return f"{n / factor:#.3g} {unit}" if n < 99.95 * factor else f"{n / factor:,.0f} {unit}"
-    return str(n)
 
 
 # ---- searches

@@ -12,21 +12,24 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import ceil
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from ..data import Capacity, Example, load_data, steps_of
+from ..batches import Capacity, steps_of
+from ..data import Example, load_sets
 from ..errors import QtuneError, one_of
 from ..model import load_tokenizer
 from ..quant import Scheme, scheme_from
 from ..recipe import Recipe
 from ..screen import size
+from ..sections import entries, named
 from ..units import parse_size
 from .devices import Device, find_device
 from .models import Model, find_model
-from .plan import Plan, Shape, check_shape, plan_recipe, shapes_of, worst_of
+from .plan import Plan, Shape, check_shape, packed_row, plan_recipe, shapes_of, worst_of
 from .roofline import measured
 
 STACKS = ("qtune", "hf", "hf:installed")
@@ -58,6 +61,8 @@ class Lengths:
         tokens and padding, which decide too, are the most that any micro-batch can have: a bound.
         """
         cut = [(min(tokens, length), min(n, min(tokens, length) - 1)) for tokens, n in self.rising]
+        if capacity.packed:
+            return (self._packed(capacity.limit, cut),)
         sizes = {longest: min(capacity.rows(longest), seen) for seen, (longest, _) in enumerate(cut, 1)}
         if not capacity.by_tokens:
             sizes = {cut[-1][0]: min(capacity.limit, len(cut))}
@@ -66,6 +71,17 @@ class Lengths:
             lambda n: (sizes[n] * n, n), lambda n: (n, 0), lambda n: (sizes[n] * n * n, n), lambda n: (sizes[n], n),
         )  # fmt: skip
         return tuple(self._shape(sizes[n], n, trained, cut) for n in dict.fromkeys(max(sizes, key=key) for key in keys))
+
+    def _packed(self, limit: int, cut: list[tuple[int, int]]) -> Shape:
+        """A row that is full, or all there is, with the most trained tokens: those of the examples that train the
+        largest part of themselves, the last of them in part."""
+        tokens = left = min(limit, sum(n for n, _ in cut))
+        trained = 0.0
+        for n, learned in sorted(cut, key=lambda pair: pair[1] / pair[0], reverse=True):
+            trained += learned * min(1.0, left / n)
+            left -= min(left, n)
+        source = f"data: longest example {cut[-1][0]:,} tokens (of {len(cut):,} examples), packed"
+        return packed_row(tokens, min(cut[-1][0], tokens), ceil(trained), source)
 
     def _shape(self, rows: int, longest: int, trained: int, cut: list[tuple[int, int]]) -> Shape:
         together = f"the {rows} longest in one micro-batch"
@@ -287,20 +303,18 @@ def _lengths(recipe: Recipe, model: Model, notes: list[str]) -> Lengths | None:
     taken = "so a micro-batch of examples of data.max_length was taken"
     if keys.train is None:
         return None
-    if not Path(keys.train).expanduser().is_file():
-        notes.append(f"data.train is {keys.train}: no such file here, {taken}")
+    if away := [source.file for source in entries(keys.train) if not Path(source.file).expanduser().exists()]:
+        notes.append(f"data.train is {named(keys.train)}: no such file here ({away[0]}), {taken}")
         return None
     place = _tokenizer_at(recipe.model)
     if place is None:
-        notes.append(f"no tokenizer of {recipe.model} is at hand for {keys.train}, {taken}")
+        notes.append(f"no tokenizer of {recipe.model} is at hand for {named(keys.train)}, {taken}")
         return None
-    examples, report = load_data(
-        keys.train, load_tokenizer(place), max_length=keys.max_length, loss_on=keys.loss_on, template=keys.template
-    )
-    if report.truncated:
-        notes.append(f"{report.truncated:,} examples are cut at data.max_length = {keys.max_length:,}")
-    Capacity.of(recipe.train).check(examples)
-    return lengths_of(examples)
+    sets = load_sets(replace(keys, eval=None), load_tokenizer(place), seed=recipe.train.seed)
+    if count := sets.report.truncated - sets.report.left_out:
+        notes.append(f"{count:,} examples are cut at data.max_length = {keys.max_length:,}")
+    Capacity.of(recipe.train).check(sets.train)
+    return lengths_of(sets.train)
 
 
 def lengths_of(examples: Sequence[Example]) -> Lengths:
@@ -334,6 +348,7 @@ def request_of(recipe: Recipe, device: Device, budget: int, data: Shape | Length
     micro-batch; smaller ones are then taken to be of examples as long as its longest."""
     known = data if isinstance(data, Shape) else None
     if known is not None:
-        data = Lengths(((known.length, -(known.trained // -known.rows)),) * known.rows)
+        sizes = known.lengths or (known.length,) * known.rows
+        data = Lengths(tuple((n, min(-(known.trained // -len(sizes)), n - 1)) for n in sizes if n > 1))
     lengths = data if isinstance(data, Lengths) else None
     return Request(recipe, find_model(recipe.model), device, budget, lengths=lengths, known=known)

@@ -39,19 +39,22 @@ MICRO_BATCHES = 2  # of a step, at most: from the second on gradients are there,
 @dataclass(frozen=True)
 class MetaBatch:
     """A batch without values: input_ids, attention_mask, labels int64 [rows, length]. trained: positions with a loss;
-    padded: does a row end in padding?"""
+    padded: does a row end in padding? lengths: of the examples in a packed row."""
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     trained: int
     padded: bool
+    lengths: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, rows: int, length: int, trained: int | None = None, padded: bool = False) -> MetaBatch:
+    def of(
+        cls, rows: int, length: int, trained: int | None = None, padded: bool = False, lengths: tuple[int, ...] = ()
+    ) -> MetaBatch:
         """trained: all that can be, where it is not given."""
         ids, mask, labels = (torch.empty(rows, length, dtype=torch.int64, device="meta") for _ in range(3))
-        return cls(ids, mask, labels, rows * (length - 1) if trained is None else trained, padded)
+        return cls(ids, mask, labels, rows * (length - 1) if trained is None else trained, padded, lengths)
 
 
 def _adopt(tracer: Tracer, model: nn.Module, *batches: Any) -> None:
@@ -164,7 +167,7 @@ def language_of(
     """The model as the loader and the trainer would set it up on the device."""
     place(model, memory, device)
     language = LanguageModel(model, loss_options(keys, memory, device.kind))
-    language.choose_attention(batch.input_ids.shape[1], torch.device(device.kind))
+    language.choose_attention(batch.input_ids.shape[1], torch.device(device.kind), packed=bool(batch.lengths))
     language.arrange(keys, memory, Path(memory.folder or "."), device.kind)
     model.train()
     return language

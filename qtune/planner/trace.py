@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..memory import DEVICE, HOST, making, mark, place_of
+from ..memory.cuda import pinned_bytes
 from .cost import Costs
 
 BEFORE, FORWARD, LOSS, BACKWARD, AFTER, UPDATE = "before", "forward", "loss", "backward", "after", "update"
@@ -232,7 +233,7 @@ class Tracer(TorchDispatchMode):
         """Host memory beside the device: each storage once, as a cost of the segment that makes it."""
         if place == HOST and not hasattr(storage, "qtune_seen"):
             storage.qtune_seen = True
-            self.trace.costs.wait(len(self.trace.segments) - 1, storage.nbytes())
+            self.trace.costs.wait(len(self.trace.segments) - 1, pinned_bytes(storage.nbytes()))
 
     def _new(self, size: int, op: str, kind: str) -> int:
         trace = self.trace

@@ -101,13 +101,18 @@ class _Packed(nn.Module):
         return self.home or self.packed.device
 
     @property
+    def here(self) -> Tensor:
+        """`packed` on the device that it computes on: a copy where it waits elsewhere, and nobody has brought it."""
+        return self.packed if self.packed.device == self.device else self.packed.to(self.device)
+
+    @property
     def parts(self) -> Parts:
         """The named parts, as views of `packed`."""
         return views(self.scheme, self.packed, self.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A fresh dense copy [out, in] that the caller may keep. Costly: not for a forward pass."""
-        w = self.scheme.unpack(self.parts, self.shape, dtype)
+        w = self.scheme.unpack(views(self.scheme, self.here, self.shape), self.shape, dtype)
         self._done()
         return w
 
@@ -179,7 +184,7 @@ class QuantLinear(_Packed):
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] -> x W^T [..., out], without the bias; in x's dtype, under autocast in autocast's."""
-        return _FrozenMatmul.apply(autocast(x), self.packed, self.scheme, self.shape)
+        return _FrozenMatmul.apply(autocast(x), self.here, self.scheme, self.shape)
 
     def product_plus(self, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """x [..., in], A [rank, in], B [out, rank] -> x W^T + scale x A^T B^T [..., out], without the bias.
@@ -189,7 +194,7 @@ class QuantLinear(_Packed):
         autocast's.
         """
         x = autocast(x)
-        return _FrozenPlusLowRank.apply(x, self.packed, self.scheme, self.shape, A.to(x.dtype), B.to(x.dtype), scale)
+        return _FrozenPlusLowRank.apply(x, self.here, self.scheme, self.shape, A.to(x.dtype), B.to(x.dtype), scale)
 
     def shift(self, y: Tensor) -> Tensor:
         """y [..., out] plus the bias, if there is one."""

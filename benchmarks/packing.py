@@ -1,0 +1,104 @@
+"""Tokens a second of packed rows against padded micro-batches of 8 in the order of the data, at equal loss.
+
+    python benchmarks/packing.py [--steps N]        writes benchmarks/results/packing.jsonl and prints the table
+SmolLM2-135M on an NF4 base, LoRA rank 16, checkpointing. 400 examples of the demo's text, of lengths drawn as those of
+Alpaca's data are spread (log-normal, median 100, at most 512 tokens). A packed row holds as many tokens as 8 examples
+have on average. The two take turns, step by step, in one process; tokens are counted without padding. Then both
+evaluate all examples with the same weights: the losses must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+from measure import percentiles
+from results import FOLDER, write_rows
+
+RESULTS = FOLDER / "packing.jsonl"
+COUNT, ROWS, MEDIAN, SPREAD, LONGEST = 400, 8, 100, 0.65, 512
+
+
+def examples(folder: Path, tokenizer: Any) -> list[Any]:
+    """Stretches of the task's text, all but the first token trained."""
+    from qtune.data import Example
+
+    records = (folder / "train.jsonl").read_text("utf-8").splitlines()
+    texts = (message["content"] for record in records for message in json.loads(record)["messages"])
+    ids, draw, at, found = tokenizer("\n".join(texts))["input_ids"], random.Random(0), 0, []
+    for number in range(COUNT):
+        length = min(LONGEST, max(16, round(MEDIAN * draw.lognormvariate(0, SPREAD))))
+        if at + length > len(ids):
+            at = 0
+        found.append(Example(array("i", ids[at : at + length]), bytes(1) + b"\x01" * (length - 1), f"stretch {number}"))
+        at += length
+    return found
+
+
+def main() -> None:
+    import torch
+
+    from qtune.adapters import AdapterSpec, adapt
+    from qtune.batches import Capacity, padding, stream
+    from qtune.demo import MODEL_FILE, fetch
+    from qtune.evaluate import evaluate
+    from qtune.memory.boundaries import Boundaries
+    from qtune.model import load, load_tokenizer
+    from qtune.optim import Optimizer
+    from qtune.quant import NF4
+    from qtune.runs import pick_device
+    from qtune.screen import Screen
+    from qtune.step import LanguageModel, TrainStep
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=20, help="steps of each that are counted")
+    parser.add_argument("--folder", type=Path, help="where model and data lie or go")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as fresh:
+        folder = options.folder or Path(fresh)
+        fetch(folder, Screen(quiet=True))
+        pick_device("cpu")
+        model = load(folder / "model" / MODEL_FILE, NF4(), dtype=torch.bfloat16)
+        some = examples(folder, load_tokenizer(folder / "model" / MODEL_FILE))
+    adapt(model, AdapterSpec("lora", (), {"rank": 16}))
+    language = LanguageModel(model)
+    language.choose_attention(LONGEST, packed=True)
+    language.check_apart()
+    language.checkpointing(Boundaries())
+    lengths = [len(one.input_ids) for one in some]
+    ways = {
+        "padded": Capacity(ROWS),
+        "packed": Capacity(max(LONGEST, ROWS * sum(lengths) // COUNT), by_tokens=True, packed=True),
+    }
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    step = TrainStep(language, Optimizer(trained, lr=1e-4), clip=1.0)
+    model.train()
+    data = {name: stream(some, capacity, 0) for name, capacity in ways.items()}
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(options.steps + 2):
+        for name in ways:
+            batch, before = next(data[name]), time.perf_counter()
+            done = step([batch], number + 1, options.steps + 2, 1.0)
+            speeds[name].append(done.tokens / (time.perf_counter() - before))
+    rows = []
+    for name, capacity in ways.items():
+        row = {"way": name, "capacity": str(capacity), "empty": padding(lengths, capacity, 0)}
+        tokens = {f"{key}_tokens_per_s": value for key, value in percentiles(speeds[name][2:]).items()}
+        rows.append(row | tokens | {"loss": evaluate(language, some, capacity=capacity).loss})
+    first = rows[0]["p50_tokens_per_s"]
+    for row in rows:
+        print(
+            f"{row['way']:7} {row['capacity']:13} {row['empty']:5.1%} empty  {row['p50_tokens_per_s']:6,.0f} tokens/s "
+            f"({row['p50_tokens_per_s'] / first:.2f}x)  loss {row['loss']:.5f}"
+        )
+    write_rows(RESULTS, "python benchmarks/packing.py", rows)
+
+
+if __name__ == "__main__":
+    main()

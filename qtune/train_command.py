@@ -1,0 +1,90 @@
+"""`qtune train`: its options, and what it says in the end. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The options of `qtune train`."""
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file (configs/first.yaml explains every key), or the folder of a run"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes of the recipe, such as train.lr=1e-4"
+    )
+    parser.add_argument(
+        "--from", dest="start_from", metavar="RUN", help="start from the adapter of another run (weights only)"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in the output folder from its last checkpoint, to the losses that it would have had; "
+        "where nothing was saved yet, from the start",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that lies in the output folder")
+
+
+def train(args: argparse.Namespace, screen: Any, emit: Callable[[Any], None]) -> None:
+    """Train, and say what is there and what comes next. Raises SystemExit(130) where the run was interrupted."""
+    import shlex
+
+    from .adapters.files import FIRST, INFO, TENSORS
+    from .model.names import KEPT
+    from .report.page import PAGE
+    from .report.read import RUN
+    from .runs import METRICS, RECIPE
+    from .state import FOLDER, folder_of
+    from .trainer import train, way_on
+
+    recipe = recipe_of(args)
+    result = train(
+        recipe, screen=screen, overwrite=args.overwrite, resume=args.resume,
+        start_from=Path(args.start_from) if args.start_from else None,
+    )  # fmt: skip
+    run = result.folder
+    screen.title("Interrupted" if result.interrupted else "Done")
+    names = (RECIPE, TENSORS, INFO, METRICS, FIRST, f"{KEPT}.safetensors", RUN, PAGE)
+    step = f"step {result.steps}" if result.best is None else f"step {result.best}, the best by its evaluation"
+    screen.line(f"{run} holds {', '.join(n for n in names if (run / n).is_file())} (adapter of {step}) and {FOLDER}/")
+    if result.best not in (None, result.steps):
+        screen.line(f"the adapter of the last step, {result.steps}, is in {folder_of(run, result.steps)}")
+    if result.interrupted:
+        screen.line(f"go on:  {way_on(run)}")
+    quoted = shlex.quote(str(run))
+    screen.line(f"next:  qtune eval {quoted}   qtune merge {quoted}   qtune chat {quoted}")
+    evals = {name: e.to_dict() for name, e in (("before", result.before), ("after", result.after)) if e is not None}
+    emit({
+        "run": run, "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds,
+        "interrupted": result.interrupted, "best": result.best, **evals,
+    })  # fmt: skip
+    if result.interrupted:
+        raise SystemExit(130)
+
+
+def recipe_of(args: argparse.Namespace) -> Any:
+    """The recipe that is named; of a run's folder its own, with the folder as it is called now. Raises QtuneError for
+    a folder that is none, and for a run without --resume."""
+    from .errors import QtuneError
+    from .recipe import Recipe
+    from .runs import RECIPE
+
+    path = Path(args.recipe).expanduser()
+    if not path.is_dir():
+        return Recipe.load(Path(args.recipe), args.overrides)
+    if not (path / RECIPE).is_file():
+        raise QtuneError(f"{path} is a folder without a {RECIPE}; give a recipe, or the folder of a run with --resume")
+    if not args.resume:
+        raise QtuneError(
+            f"{path} is a run: go on with it by --resume, or train {path / RECIPE} with another output=..."
+        )
+    return Recipe.load(path / RECIPE, [f"output={_as_yaml(path)}", *args.overrides])
+
+
+def _as_yaml(path: Path) -> str:
+    import json
+
+    return json.dumps(str(path), ensure_ascii=False)
