@@ -10,6 +10,7 @@ import torch
 from qtune.planner.cost import Costs
 from qtune.planner.devices import find_device
 from qtune.planner.plan import Plan, plan_recipe, plan_stack
+from qtune.planner.roofline import _copies
 from qtune.recipe import Recipe
 
 B, H, T, D = 2, 32, 128, 64
@@ -48,6 +49,29 @@ def test_what_is_expanded_is_read_once() -> None:
     bias = torch.empty(B, 1, T, T, dtype=torch.bfloat16, device="meta").expand(B, H, T, T)
     op = "aten::_scaled_dot_product_efficient_attention"
     assert attention(op, H, bias)[1] - attention(op, H)[1] == B * T * T * 2
+
+
+def test_the_break_even_of_streamed_weights_is_of_a_micro_batch() -> None:
+    """The same for any micro-batch, and for any number of them; there, copies take as long as what hides them."""
+
+    def told(length: int, accumulate: int, *changes: str) -> str:
+        keys = ["memory.weights=host", "train.micro_batch=1", f"train.accumulate={accumulate}", *changes]
+        recipe = Recipe.load({"model": "smollm2-135m", "data": {"max_length": length}}, keys, training=False)
+        speed = plan_recipe(recipe, find_device("rtx3060")).speed
+        assert not isinstance(speed, str)
+        return next(line for line in speed.assumptions if line.startswith("copies between"))
+
+    def tokens(line: str) -> int:
+        return int(line.partition("of about ")[2].partition(" tokens")[0].replace(",", ""))
+
+    found = [tokens(told(*sizes)) for sizes in ((512, 1), (512, 4), (2048, 1), (2048, 8))]
+    assert max(found) < 1.6 * min(found), "launches and attention do not go with the tokens"
+    gpu = find_device("rtx3060")
+    (alone,), (beside,) = _copies(gpu, 4.0, 4.0, 64.0, 512), _copies(gpu, 36.0, 4.0, 64.0, 512)
+    assert (tokens(alone), tokens(beside)) == (32, 64), "others compete for the bus"
+    assert _copies(gpu, 70.0, 4.0, 64.0, 512)[0].endswith("they take longer for any micro-batch")
+    only = told(512, 1, "memory.weights=device", "memory.boundaries=host")
+    assert only.endswith("which hides them")
 
 
 @pytest.mark.parametrize("make", [plan_recipe, pytest.param(plan_stack, marks=pytest.mark.slow)])

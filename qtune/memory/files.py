@@ -25,6 +25,7 @@ from ..screen import size
 from .host import DISK, HOST, host_empty, mark
 
 PAGE = mmap.ALLOCATIONGRANULARITY
+STRETCH = 1 << 30  # bytes that a file grows by at most, beyond what is asked for
 RELEASE = getattr(mmap, "MADV_DONTNEED", None)
 FETCH = getattr(mmap, "MADV_WILLNEED", None)
 REMOVE = getattr(mmap, "MADV_REMOVE", None)
@@ -73,31 +74,46 @@ class MappedFile:
             raise QtuneError(
                 f"cannot write {what} to {folder}: {error.strerror or error}; set memory.folder to a writable folder"
             ) from error
-        self._maps: dict[int, mmap.mmap] = {}  # address of a tensor -> its mapping
+        self._maps: dict[int, tuple[mmap.mmap, int, int]] = {}  # address of a tensor -> mapping, place and bytes there
+        self._mapped: mmap.mmap | None = None  # the newest mapping, of which `_used` bytes are taken
+        self._used = 0
 
     def empty(self, nbytes: int) -> Tensor:
         """A fresh uint8 tensor [nbytes], zero, that begins at a page."""
         length = max(1, -(nbytes // -PAGE)) * PAGE
+        if self._mapped is None or self._used + length > len(self._mapped):
+            self._grow(nbytes, length)
+        assert self._mapped is not None
+        at, self._used = self._used, self._used + length
+        tensor = mark(torch.frombuffer(self._mapped, dtype=torch.uint8, count=max(1, nbytes), offset=at), DISK)[:nbytes]
+        self._maps[tensor.data_ptr()] = self._mapped, at, length
+        return tensor
+
+    def _grow(self, nbytes: int, length: int) -> None:
+        """Another stretch of the file, mapped: with room for more, as each mapping takes a file descriptor. It is as
+        large as the file is by then, within STRETCH, so that little is taken that is not used."""
+        stretch = max(length, min(STRETCH, -(self.nbytes // -PAGE) * PAGE))
         try:
             if hasattr(os, "posix_fallocate"):  # a hole in a full disk would kill the process when it is written to
-                os.posix_fallocate(self.file.fileno(), self.nbytes, length)
+                try:
+                    os.posix_fallocate(self.file.fileno(), self.nbytes, stretch)
+                except OSError:
+                    stretch = length  # what is asked for may fit yet
+                    os.posix_fallocate(self.file.fileno(), self.nbytes, stretch)
             else:
-                os.truncate(self.file.fileno(), self.nbytes + length)
-            mapped = mmap.mmap(self.file.fileno(), length, offset=self.nbytes)
+                os.truncate(self.file.fileno(), self.nbytes + stretch)
+            self._mapped, self._used = mmap.mmap(self.file.fileno(), stretch, offset=self.nbytes), 0
         except OSError as error:
             raise self._refused(nbytes, error) from error
-        tensor = mark(torch.frombuffer(mapped, dtype=torch.uint8), DISK)[:nbytes]
-        self._maps[tensor.data_ptr()] = mapped
-        self.nbytes += length
-        return tensor
+        self.nbytes += stretch
 
     def drop(self, tensor: Tensor) -> None:
         """The caller lets go of a tensor that `empty` gave: its blocks go back to the disk where the system can punch
-        holes, its mapping goes with it."""
-        mapped = self._maps.pop(tensor.data_ptr())
+        holes."""
+        mapped, at, length = self._maps.pop(tensor.data_ptr())
         if REMOVE is not None:
             with suppress(OSError):  # a file system that cannot: the blocks stay until the file is closed
-                mapped.madvise(REMOVE)
+                mapped.madvise(REMOVE, at, length)
 
     def release(self, tensor: Tensor) -> None:
         """Give the pages of a tensor back to the system; its values stay."""
@@ -109,9 +125,15 @@ class MappedFile:
 
     def _advise(self, tensor: Tensor, advice: Any) -> None:
         if advice is not None:
-            self._maps[tensor.data_ptr()].madvise(advice)
+            mapped, at, length = self._maps[tensor.data_ptr()]
+            mapped.madvise(advice, at, length)
 
     def _refused(self, nbytes: int, error: OSError) -> QtuneError:
+        if error.errno == errno.EMFILE:
+            return QtuneError(
+                f"no file descriptor is left for {self.what} in {self.folder}: this process has as many files open as "
+                "it may (ulimit -n); allow it more"
+            )
         if error.errno == errno.ENOMEM:
             return QtuneError(
                 f"the system maps no more of {self.what} ({error.strerror}): it allows a process too few mappings "

@@ -292,7 +292,7 @@ def planned(
         parameters=parameters_of(whole), trained=sum(p.numel() for p in whole.parameters() if p.requires_grad),
         speed=estimate(
             costs_of(trace, STEPS, accumulate / (1 + max(segment.micro for segment in trace.segments))),
-            device, shape.tokens * accumulate, recipe.train.steps,
+            device, shape.tokens * accumulate, recipe.train.steps, accumulate,
         ),
         notes=(*note, *([CUDNN] if device.capability[0] in (9, 10) else []), *([EVENLY] if routed else [])),
         seconds=seconds, trace=trace,

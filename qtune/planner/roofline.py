@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..screen import duration
 from ..speed import seconds
 from .cost import LINK
 from .devices import Device
@@ -31,6 +32,7 @@ BANDWIDTH_SHARE = 0.85
 # Between the 0.9 us of a kernel that waits in a queue and the 6.7 us of one that is waited for (NVIDIA, "Getting
 # Started with CUDA Graphs"); eager training is near the second, since torch dispatches every op.
 LAUNCH = 5e-6
+PACKED = "uint8"  # the dtype of packed weights
 ANCHORS = (
     "six published runs of fused stacks (torchtune, Unsloth; 3B to 8B on an RTX 4090 and an A100) come out at 0.74 to "
     "1.27 times their measured tokens per second; stock transformers and PEFT at 1.7 to 2.0 times"
@@ -72,11 +74,15 @@ class Speed:
     reason: str = ""
 
 
-def estimate(costs: Sequence[Cost], device: Device, tokens: int, steps: int | None = None) -> Speed:
-    """The speed of a step with these costs. tokens: of one step, all micro-batches; steps: of the run."""
+def estimate(
+    costs: Sequence[Cost], device: Device, tokens: int, steps: int | None = None, micro_batches: int = 1
+) -> Speed:
+    """The speed of a step with these costs. tokens: of one step, all its micro-batches; steps: of the run."""
     if reason := _unknown(costs, device, tokens):
         return Speed(reason=reason)
-    copied = sum(cost.nbytes for cost in costs if cost.op == LINK) / device.link if device.link else 0.0
+    links = [cost for cost in costs if cost.op == LINK and device.link]
+    copied = sum(cost.nbytes for cost in links) / (device.link or 1.0)
+    weights = sum(cost.nbytes for cost in links if cost.dtype == PACKED) / (device.link or 1.0)
     by_class: dict[str, float] = defaultdict(float)
     by_bound: dict[str, float] = defaultdict(float)
     for cost in (cost for cost in costs if cost.op != LINK or not device.link):
@@ -94,19 +100,27 @@ def estimate(costs: Sequence[Cost], device: Device, tokens: int, steps: int | No
         run_seconds=None if steps is None else steps * total,
         shares={op: by_class[op] / total for op in sorted(by_class, key=lambda op: -by_class[op])},
         bound=max(by_bound, key=lambda bound: by_bound[bound]),
-        assumptions=[*_assumptions(costs, device), *_copies(device, copied, alone, tokens)],
+        assumptions=[*_assumptions(costs, device), *_copies(device, copied, weights, alone, tokens // micro_batches)],
     )
 
 
-def _copies(device: Device, copied: float, alone: float, tokens: int) -> list[str]:
-    """What copies cost beside the computation, and from how many tokens on nothing."""
+def _copies(device: Device, copied: float, weights: float, alone: float, tokens: int) -> list[str]:
+    """What copies cost beside the computation, and from which micro-batch on nothing: those of weights take the same
+    for any, all else goes with its tokens. Seconds of a step; tokens: of a micro-batch."""
     if not copied:
         return []
     line = (
-        f"copies between host and device: {copied:.2g} s a step at {device.link / 1e9:.3g} GB/s, beside "
-        f"{alone:.2g} s of computing"
+        f"copies between host and device: {duration(copied)} a step at {device.link / 1e9:.3g} GB/s, beside "
+        f"{duration(alone)} of computing"
     )
-    return [f"{line}: they are free from about {int(tokens * copied / alone):,} tokens a step on"]
+    others = copied - weights
+    if others >= alone:
+        return [f"{line}: they take longer for any micro-batch"]
+    if not weights:
+        return [f"{line}, which hides them"]
+    return [
+        f"{line}: hidden by it from micro-batches of about {round(tokens * weights / (alone - others)):,} tokens on"
+    ]
 
 
 def _unknown(costs: Sequence[Cost], device: Device, tokens: int) -> str:
