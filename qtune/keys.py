@@ -42,6 +42,15 @@ def read(f: Field[Any], name: str, value: Any, faults: list[str]) -> Any:
         return None if f.default is MISSING else f.default
 
 
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree by dotted key; an empty section is a value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = isinstance(value, Mapping) and value
+        found |= dotted(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return found
+
+
 def legal(limits: Limits) -> str:
     """The legal values of a key in words."""
     signs = ("low", ">="), ("above", ">"), ("below", "<")

@@ -20,6 +20,7 @@ from . import __version__
 from .adapters.sites import SHARED
 from .data import Example
 from .errors import QtuneError
+from .keys import dotted
 from .model.loading import dense_parameters
 from .optim import lr_factor
 from .quant import QuantEmbedding, QuantLinear
@@ -160,14 +161,7 @@ def _free(key: str) -> bool:
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
     """Dotted key -> value, paths absolute."""
-
-    def walk(prefix: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in tree.items():
-            found |= walk(f"{prefix}{key}.", value) if isinstance(value, Mapping) and value else {prefix + key: value}
-        return found
-
-    return walk("", anchored(recipe).to_dict())
+    return dotted(anchored(recipe).to_dict())
 
 
 def _differs(key: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,16 +167,22 @@ def read_metrics(path: Path, step: int) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise QtuneError(f"cannot read {path}: {error.strerror or error}") from error
-    rows, lines = [], []
-    for line in text.splitlines(keepends=True):
-        with suppress(ValueError):
+    kept = [(row, line) for row, line in rows_of(text) if row["step"] <= step]
+    whole = "".join(f"{line}\n" for _, line in kept)
+    if whole != text:
+        write_text(path, whole)
+    return [row for row, _ in kept]
+
+
+def rows_of(text: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows of metrics.jsonl, each with its line; what a killed process has half written is left out."""
+    for line in text.splitlines():
+        try:
             row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
-                rows.append(row)
-                lines.append(line.rstrip("\n") + "\n")
-    if "".join(lines) != text:
-        write_text(path, "".join(lines))
-    return rows
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row, line
 
 
 # ---- tidying

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,8 @@ def _train(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     screen.title("Train")
     screen.line(f"adapter  {recipe.adapter.method} on {len(sites)} layers, {trained:,} trained parameters")
-    checkpoints = _checkpoints(recipe, folder, model, examples, held_out)
+    base = base_digest(model) if saved is None else saved.info["base"]  # which was compared with this one
+    checkpoints = _checkpoints(recipe, folder, model, about(recipe, examples, held_out, base))
     trainer = Trainer(
         language, examples, held_out, recipe.train, folder=folder, screen=screen, checkpoints=checkpoints,
         record=record, memory=recipe.memory, files=folder_of(recipe),
@@ -204,16 +205,15 @@ def _carrying_adapter(
     return start_base(recipe, screen, calibration_text(recipe, tokenizer, screen, examples))
 
 
-def _checkpoints(
-    recipe: Recipe, folder: Path, model: Any, examples: Sequence[Example], held_out: Sequence[Example]
-) -> Checkpoints:
+def _checkpoints(recipe: Recipe, folder: Path, model: Any, same: Mapping[str, Any]) -> Checkpoints:
+    """What writes the checkpoints. same: what must be the same when the run goes on."""
     base = {"model": recipe.model, "scheme": recipe.scheme.to_dict(), "dtype": recipe.dtype}
     sites = describe_sites(model)
 
     def adapter(where: Path, step: int) -> None:
         save_adapter(model, recipe.adapter, where, {**base, "step": step}, run=folder, sites=sites)
 
-    return Checkpoints(folder, adapter, about(recipe, examples, held_out, base_digest(model)), recipe.train.keep)
+    return Checkpoints(folder, adapter, same, recipe.train.keep)
 
 
 def _tell_rows(recipe: Recipe, examples: Sequence[Example], form: str, tokenizer: Any, screen: Screen) -> None:

@@ -6,7 +6,7 @@ What an older qtune or an interrupted run has not written is absent; only the re
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from ..adapters.files import INFO
 from ..errors import QtuneError
 from ..runs import METRICS, RECIPE
+from ..state import rows_of
 from ..yaml_text import load_yaml
 
 RUN, FORMAT = "run.json", 1  # what record.py writes
@@ -89,14 +90,14 @@ def read_run(folder: Path) -> Reading:
         )
     try:
         text = (folder / RECIPE).read_text("utf-8")
-        lines = (folder / METRICS).read_text("utf-8").splitlines()
+        metrics = (folder / METRICS).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise QtuneError(f"cannot read the run {folder}: {getattr(error, 'strerror', None) or error}") from error
     faults: list[str] = []
     recipe = load_yaml(text, faults)
     if not isinstance(recipe, dict):
         raise QtuneError(f"{folder / RECIPE} is no recipe: {'; '.join(faults) or 'it holds no keys'}")
-    rows = list(_rows(lines))
+    rows = [row for row, _ in rows_of(metrics)]
     if not rows:
         raise QtuneError(f"{folder / METRICS} holds no row yet: there is nothing to show before the first step")
     return Reading(folder, recipe, text, rows, _json(folder / INFO), read_record(folder))
@@ -114,17 +115,6 @@ def section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if isinstance(value, str):
         return {{"adapter": "method", "scheme": "name"}.get(name, "value"): value}
     return value if isinstance(value, dict) else {}
-
-
-def _rows(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
-    """Rows of metrics; the line that a killed run has half written is left out."""
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield row
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QtuneError
+from ..keys import dotted
 from ..recipe import Recipe
 from ..screen import Screen
 
@@ -86,15 +87,10 @@ class Trackers:
             self.running.pop(name, None)
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+def flat(tree: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """Dotted key -> plain value; lists and null as text."""
-    out: dict[str, bool | int | float | str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value if isinstance(value, (bool, int, float, str)) else _text(value)
-    return out
+    values = {key: value for key, value in dotted(tree).items() if not isinstance(value, Mapping)}
+    return {k: v if isinstance(v, (bool, int, float, str)) else _text(v) for k, v in values.items()}
 
 
 def _text(value: Any) -> str:
