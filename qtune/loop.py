@@ -37,6 +37,7 @@ from .sections import MemoryKeys, TrainKeys
 from .state import Checkpoints, Saved, steps_in
 from .step import LanguageModel, NonFinite, TrainStep
 
+RECENT = 20  # steps whose mean loss the screen shows
 SAVES = 10  # checkpoints in a run, where the recipe does not say
 OPTIMIZER, RANDOM, LOSSES = "optimizer/", "random/", "losses"  # names of a checkpoint's tensors
 
@@ -94,6 +95,7 @@ class Trainer:
         self.best: tuple[float, int] | None = None  # evaluation loss and step, with keep_best
         self.before: tuple[Saved, Sequence[Mapping[str, Any]]] | None = None
         self.evaluated: dict[int, EvalResult] = {}  # by step, before a resumption
+        self.figures: dict[str, str] = {}  # of the last step and evaluation, for the screen
         self.train_step = self._step()
 
     def _step(self) -> TrainStep:
@@ -153,9 +155,8 @@ class Trainer:
     def _loop(self, result: TrainResult, interrupted: Callable[[], bool]) -> None:
         data = stream(self.examples, self.capacity, self.keys.seed, skip=result.steps * self.keys.accumulate)
         started = time.perf_counter() - result.seconds
-        with self.screen.bar("training", self.steps) as advance:
+        with self.screen.steps("training", self.steps, result.steps) as show:
             if result.steps:
-                advance(result.steps)
                 self._on_the_way(result, interrupted)
             for step in range(result.steps + 1, self.steps + 1):
                 if interrupted():
@@ -179,15 +180,27 @@ class Trainer:
                             "tokens": result.tokens, "trained": done.trained, "tokens_per_s": speed,
                             "seconds": result.seconds,
                         })  # fmt: skip
+                    self.figures["grad norm"] = f"{done.grad_norm:.3g}"
                 result.steps, result.seconds = step, time.perf_counter() - started
-                recent = result.losses[-20:]
-                mean = sum(recent) / max(1, len(recent))
-                told = f"loss {mean:.3f}  {result.tokens / result.seconds:.0f} tok/s"
-                advance(1, "  ".join(filter(None, [told, self.record.memory()])))
+                show(self._figures(result, self.keys.lr * factor))
                 if not interrupted():
                     if step < self.steps and step % self.save_every == 0 and not self.in_row:
                         self._save(result)
                     self._on_the_way(result, interrupted)
+
+    def _figures(self, result: TrainResult, lr: float) -> dict[str, str]:
+        """What the screen shows of the last step: the loss is the mean of the last steps, for one step's is noise."""
+        recent = result.losses[-RECENT:]
+        found = {
+            "loss": f"{sum(recent) / len(recent):.3f}" if recent else "",
+            "eval loss": self.figures.get("eval loss", ""),
+            "lr": f"{lr:.2e}",
+            "grad norm": self.figures.get("grad norm", ""),
+            "tok/s": f"{result.tokens / result.seconds:,.0f}",
+            "memory": self.record.memory(),
+            "skipped": str(result.skipped) if result.skipped else "",
+        }
+        return {name: value for name, value in found.items() if value}
 
     def _on_the_way(self, result: TrainResult, interrupted: Callable[[], bool]) -> None:
         """Evaluate where it is time to and this was not done before the run was stopped."""
@@ -216,7 +229,7 @@ class Trainer:
         if step in self.evaluated:  # before the run was stopped
             result = self.evaluated[step]
         else:
-            with self.screen.bar("evaluating", len(self.held_out)) as advance:
+            with self.screen.bar("evaluating", len(self.held_out), passing=True) as advance:
 
                 def tick(n: int) -> None:
                     advance(n)
@@ -226,6 +239,7 @@ class Trainer:
                 result = evaluate(self.model, self.held_out, capacity=self.capacity, advance=tick)
             self._log(step, result.to_dict())
         self.screen.line(f"eval  {label}: {result}")
+        self.figures["eval loss"] = f"{result.loss:.3f} (step {step})"
         return result
 
     def _is_best(self, step: int, loss: float) -> bool:

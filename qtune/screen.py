@@ -6,16 +6,27 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 Advance = Callable[..., None]  # advance(n=1, note="")
+Figures = Mapping[str, str]  # name -> value, in the order in which they are shown
 PLAIN_LINES = 10  # lines that a bar prints where there is no terminal
+STEADY = 1800.0  # seconds whose steps tell the time left: a step on a CPU may take a minute
 
 
 class Screen:
@@ -36,26 +47,36 @@ class Screen:
         self.line(text, "bold cyan")
 
     @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Advance]:
-        """A progress bar of `total` units; yields advance(n, note)."""
+    def bar(self, label: str, total: int, *, passing: bool = False) -> Iterator[Advance]:
+        """A progress bar of `total` units; yields advance(n, note). passing: it goes when it is done."""
         if self.console.is_terminal and not self.console.quiet:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            with Progress(*columns, console=self.console) as progress:
+            note = TextColumn("{task.fields[note]}")
+            with Progress(*_columns(), note, console=self.console, transient=passing) as progress:
                 task = progress.add_task(label, total=total, note="")
                 yield lambda n=1, note="": progress.update(task, advance=n, **({"note": note} if note else {}))
         else:
             yield self._plain(label, total)
 
-    def _plain(self, label: str, total: int) -> Advance:
-        state = {"done": 0, "shown": 0}
+    @contextmanager
+    def steps(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[Figures], None]]:
+        """A bar of `total` steps, `done` of them before now, over the figures of the last one; yields a function that
+        takes a step's figures. Without a terminal a tenth of all steps is a line."""
+        if self.console.is_terminal and not self.console.quiet:
+            progress = Progress(*_columns(), console=self.console, speed_estimate_period=STEADY)
+            task = progress.add_task(label, total=total, completed=done)
+            with Live(progress, console=self.console, refresh_per_second=4) as live:
+
+                def show(figures: Figures) -> None:
+                    progress.advance(task)
+                    live.update(Group(progress, *_lines(figures, self.console.width)))
+
+                yield show
+        else:
+            advance = self._plain(label, total, done)
+            yield lambda figures: advance(1, ", ".join(f"{name} {value}" for name, value in figures.items()))
+
+    def _plain(self, label: str, total: int, before: int = 0) -> Advance:
+        state = {"done": before, "shown": before * PLAIN_LINES // max(1, total)}
         start = time.monotonic()
 
         def advance(n: int = 1, note: str = "") -> None:
@@ -63,14 +84,37 @@ class Screen:
             tenth = state["done"] * PLAIN_LINES // max(1, total)
             if tenth > state["shown"]:
                 state["shown"] = tenth
-                left = (time.monotonic() - start) / state["done"] * (total - state["done"])
+                left = (time.monotonic() - start) / (state["done"] - before) * (total - state["done"])
                 self.line(
                     f"{label} {state['done']}/{total}"
-                    + (f", {left:.0f} s left" if state["done"] < total else "")
+                    + (f", {duration(left)} left" if state["done"] < total else "")
                     + (f"  {note}" if note else "")
                 )
 
         return advance
+
+
+def _lines(figures: Figures, width: int) -> list[Text]:
+    """Names and values beside each other, in as many lines of `width` as they take; none is broken."""
+    lines: list[Text] = []
+    for name, value in figures.items():
+        told = Text.assemble((f"{name} ", "dim"), value)
+        if lines and lines[-1].cell_len + 3 + told.cell_len <= width:
+            lines[-1].append("   ").append_text(told)
+        else:
+            lines.append(told)
+    return lines
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
 
 
 def size(n: float) -> str:
