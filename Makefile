@@ -2,11 +2,13 @@
 # PYTHON=python3.12          the interpreter that .venv is made from (3.10 or newer)
 # TORCH="torch==2.13.0 ..."  what pip installs as torch, options included, when the default is not what you want
 # ARGS="-k nf4 -x"           more arguments for pytest
+# JOBS=4                     processes that share the tests; 0: all in one, for a debugger
 
 PYTHON ?= python3
 # without an NVIDIA GPU: one fixed torch, installed first, so that nothing else chooses a CUDA build
 TORCH ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'torch>=2.10'; else echo 'torch==2.13.0'; fi)
 ARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -23,10 +25,10 @@ demo: setup ## fine-tune a small model on an NF4 base, merge and verify it (minu
 	@$(PY) -m qtune demo
 
 test: setup ## run the tests that are not marked slow
-	@$(PY) -m pytest -q -m "not slow" $(ARGS)
+	@$(PY) -m pytest -q -m "not slow" -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: setup ## run the tests marked slow
-	@$(PY) -m pytest -q -m slow $(ARGS)
+	@$(PY) -m pytest -q -m slow -n $(JOBS) --dist worksteal $(ARGS)
 
 check: setup ## lint (ruff) and type-check (mypy)
 	@$(PY) -m ruff check .; linted=$$?; $(PY) -m mypy && exit $$linted
