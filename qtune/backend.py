@@ -62,8 +62,9 @@ def kernel(name: str, device_type: str) -> Callable[..., Any] | None:
                 found, why, written = _find(name, device_type)
             if wanted == "require" and found is None and written:
                 raise QtuneError(
+                    "Q602",
                     f"QTUNE_KERNELS=require, but no kernel serves op {name!r} on {device_type}: {why}. "
-                    "With QTUNE_KERNELS=auto the torch reference serves it."
+                    "With QTUNE_KERNELS=auto the torch reference serves it.",
                 )
             _decided[key] = found
         return _decided[key]

@@ -123,9 +123,10 @@ class Capacity:
         longest = max(examples, key=lambda example: len(example.input_ids))
         if self.by_tokens and len(longest.input_ids) > self.limit:
             raise QtuneError(
+                "Q217",
                 f"train.micro_tokens is {self.limit:,}, and the longest example ({longest.where}) has "
                 f"{len(longest.input_ids):,} tokens; legal: {len(longest.input_ids):,} or more, or a data.max_length "
-                f"of up to {self.limit:,}"
+                f"of up to {self.limit:,}",
             )
 
 
@@ -170,7 +171,7 @@ def batches(
     """One pass over the examples in the order of (seed, epoch), the first `skip` micro-batches left out; the last one
     may be smaller."""
     if not examples:
-        raise QtuneError("no examples to make batches of")
+        raise QtuneError("Q207", "no examples to make batches of")
     lengths = [len(example.input_ids) for example in examples]
     for taken in islice(capacity.fill(order_of(len(examples), seed, epoch), lengths), skip, None):
         yield collate([examples[i] for i in taken], capacity.packed)

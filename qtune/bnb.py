@@ -66,11 +66,13 @@ def from_state(weight: str, tensor: Tensor) -> tuple[Blockwise4, tuple[int, ...]
         state = json.loads(bytes(tensor.tolist()))
         double = "nested_offset" in state
         if double and state["nested_blocksize"] != tables.NESTED_BLOCK:
-            raise QtuneError(f"{weight}: nested blocks of {state['nested_blocksize']}; readable: {tables.NESTED_BLOCK}")
+            raise QtuneError(
+                "Q306", f"{weight}: nested blocks of {state['nested_blocksize']}; readable: {tables.NESTED_BLOCK}"
+            )
         scheme = SCHEMES[state["quant_type"]](block=state["blocksize"], double=double)
         return scheme, tuple(state["shape"]), float(state.get("nested_offset", 0.0))
     except (ValueError, KeyError, TypeError) as error:
-        raise QtuneError(f"{weight}: its quant_state is damaged ({error!r})") from error
+        raise QtuneError("Q306", f"{weight}: its quant_state is damaged ({error!r})") from error
 
 
 def to_parts(weight: str, named: Mapping[str, Tensor], scheme: Blockwise4, offset: float) -> Parts:
@@ -90,9 +92,9 @@ def to_parts(weight: str, named: Mapping[str, Tensor], scheme: Blockwise4, offse
 
 def _same_map(weight: str, named: Mapping[str, Tensor], suffix: str, expected: Tensor) -> None:
     if suffix not in named:
-        raise QtuneError(f"{weight}{suffix} is missing")
+        raise QtuneError("Q306", f"{weight}{suffix} is missing")
     if not torch.equal(named[suffix].float(), expected):
-        raise QtuneError(f"{weight}{suffix} is not bitsandbytes' standard table")
+        raise QtuneError("Q306", f"{weight}{suffix} is not bitsandbytes' standard table")
 
 
 def quantization_config(scheme: Scheme, dtype: torch.dtype, skip: Sequence[str]) -> dict[str, Any]:

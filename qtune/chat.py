@@ -35,12 +35,13 @@ def chat(
     gets the pair of prompt and answer, of a conversation the list of them when it ends."""
     if temperature < 0 or max_new_tokens < 1:
         raise QtuneError(
-            f"--temperature must be 0 or more (is {temperature}), --max-new-tokens 1 or more (is {max_new_tokens})"
+            "Q102",
+            f"--temperature must be 0 or more (is {temperature}), --max-new-tokens 1 or more (is {max_new_tokens})",
         )
     template = None
     if is_run(source):
         if scheme is not None:
-            raise QtuneError(f"--scheme {scheme}: {source} is a run, whose base is stored as its recipe says")
+            raise QtuneError("Q103", f"--scheme {scheme}: {source} is a run, whose base is stored as its recipe says")
         run = open_run(Path(source), screen, device=device)
         model, tokenizer, named = run.model, run.tokenizer, run.recipe.data.template
         template = read_template(named) if named else None
@@ -96,5 +97,5 @@ def _ids(tokenizer: Any, template: str | None, turns: list[dict[str, str]]) -> l
         try:
             return list(tokenizer.apply_chat_template(turns, chat_template=template, **options)["input_ids"])
         except jinja2.TemplateError as error:
-            raise QtuneError(f"the chat template refuses the conversation: {error}") from error
+            raise QtuneError("Q212", f"the chat template refuses the conversation: {error}") from error
     return list(tokenizer("\n".join(turn["content"] for turn in turns))["input_ids"])

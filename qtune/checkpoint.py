@@ -70,10 +70,10 @@ class Pieces:
     stored_embeddings: Scheme | None = None
 
 
-def faults_error(what: str, faults: Sequence[str]) -> QtuneError:
+def faults_error(code: str, what: str, faults: Sequence[str]) -> QtuneError:
     """All faults of one thing in one error."""
     return QtuneError(
-        f"{what}: {faults[0]}" if len(faults) == 1 else f"{what}, {len(faults)} faults: " + "; ".join(faults)
+        code, f"{what}: {faults[0]}" if len(faults) == 1 else f"{what}, {len(faults)} faults: " + "; ".join(faults)
     )
 
 
@@ -90,10 +90,11 @@ def read_header(path: Path) -> dict[str, Stored]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if len(start) < 8 or length > size - 8:
                 raise QtuneError(
-                    f"{path.name} is truncated or no safetensors file: {size} bytes, its header says {length} + 8"
+                    "Q304",
+                    f"{path.name} is truncated or no safetensors file: {size} bytes, its header says {length} + 8",
                 )
             if length > HEADER_LIMIT:
-                raise QtuneError(f"{path.name}: a header of {length} bytes; the format allows {HEADER_LIMIT}")
+                raise QtuneError("Q304", f"{path.name}: a header of {length} bytes; the format allows {HEADER_LIMIT}")
             header = json.loads(file.read(length))
         entries = {
             name: _stored(path, name, info, size - 8 - length)
@@ -101,21 +102,23 @@ def read_header(path: Path) -> dict[str, Stored]:
             if name != "__metadata__"
         }
     except OSError as error:
-        raise QtuneError(f"cannot read {path}: {error.strerror or error}") from error
+        raise QtuneError("Q304", f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise QtuneError(f"{path.name}: its safetensors header is damaged ({error})") from error
+        raise QtuneError("Q304", f"{path.name}: its safetensors header is damaged ({error})") from error
     return entries
 
 
 def _stored(path: Path, name: str, info: Mapping[str, Any], room: int) -> Stored:
     begin, end = info["data_offsets"]
     if info["dtype"] not in DTYPES:
-        raise QtuneError(f"{path.name}: {name} is {info['dtype']}; readable: {', '.join(DTYPES)}")
+        raise QtuneError("Q304", f"{path.name}: {name} is {info['dtype']}; readable: {', '.join(DTYPES)}")
     dtype, shape = DTYPES[info["dtype"]], tuple(int(n) for n in info["shape"])
     if not 0 <= begin <= end or end - begin != prod(shape) * dtype.itemsize:
-        raise QtuneError(f"{path.name}: {name} {shape} {info['dtype']} cannot lie at bytes {begin} to {end}")
+        raise QtuneError("Q304", f"{path.name}: {name} {shape} {info['dtype']} cannot lie at bytes {begin} to {end}")
     if end > room:
-        raise QtuneError(f"{path.name} is truncated: {name} ends at byte {end} of the data, the file holds {room}")
+        raise QtuneError(
+            "Q304", f"{path.name} is truncated: {name} ends at byte {end} of the data, the file holds {room}"
+        )
     return Stored(dtype, shape)
 
 
@@ -166,7 +169,7 @@ class Safetensors:
             self.entries |= found
             self._file |= dict.fromkeys(found, handle)
         if faults:
-            raise faults_error(f"cannot read the checkpoint {folder}", faults)
+            raise faults_error("Q304", f"cannot read the checkpoint {folder}", faults)
 
     def read(self, name: str) -> Tensor:
         """The tensor, as a view of the mapped file: it costs no anonymous memory and must not be written to."""
@@ -186,7 +189,9 @@ class _Mapped:
     def read(self, name: str) -> Tensor:
         if self.left <= 0:
             if self._look() != self.seen:
-                raise QtuneError(f"{self.path} was changed while it was read; start again when nothing writes to it")
+                raise QtuneError(
+                    "Q307", f"{self.path} was changed while it was read; start again when nothing writes to it"
+                )
             self.handle, self.left = self._open(), MAPPED_BYTES
         tensor: Tensor = self.handle.get_tensor(name)
         self.left -= tensor.numel() * tensor.element_size()
@@ -199,7 +204,7 @@ class _Mapped:
         try:
             found = self.path.stat()
         except OSError as error:
-            raise QtuneError(f"{self.path} is gone while it was read: {error.strerror or error}") from error
+            raise QtuneError("Q307", f"{self.path} is gone while it was read: {error.strerror or error}") from error
         return found.st_ino, found.st_size, found.st_mtime_ns
 
 

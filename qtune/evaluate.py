@@ -181,7 +181,7 @@ def generate(
     """
     if not prompt_ids:
         raise QtuneError(
-            "the prompt is empty, and the tokenizer puts nothing before a text: there is nothing to continue"
+            "Q807", "the prompt is empty, and the tokenizer puts nothing before a text: there is nothing to continue"
         )
     device = device_of(model)
     ids = torch.tensor([list(prompt_ids)], device=device)

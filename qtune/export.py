@@ -95,19 +95,19 @@ def merge(
         report = _merge(run, out, partial_out, dtype, keep_base, screen)
     except OSError as error:
         shutil.rmtree(partial_out, ignore_errors=True)
-        raise QtuneError(f"cannot write {partial_out}: {error}") from error
+        raise QtuneError("Q901", f"cannot write {partial_out}: {error}") from error
     except BaseException:
         shutil.rmtree(partial_out, ignore_errors=True)
         raise
     if not report.verification.passed:
         lines = "\n".join(report.verification.lines())
-        raise QtuneError(f"the merged checkpoint failed its verification and stays in {partial_out}:\n{lines}")
+        raise QtuneError("Q803", f"the merged checkpoint failed its verification and stays in {partial_out}:\n{lines}")
     try:
         if out.exists():
             shutil.rmtree(out)
         partial_out.rename(out)
     except OSError as error:
-        raise QtuneError(f"{partial_out} is verified but cannot take the name {out}: {error}") from error
+        raise QtuneError("Q901", f"{partial_out} is verified but cannot take the name {out}: {error}") from error
     return report
 
 
@@ -143,7 +143,7 @@ def check_merge(recipe: Recipe, out: Path, dtype: str, keep_base: str, overwrite
         elif not overwrite:
             faults.append(f"{out} already holds a checkpoint; choose another --out, or give --overwrite")
     if faults:
-        raise QtuneError("; ".join(faults))
+        raise QtuneError("Q801", "; ".join(faults))
 
 
 def prompts_of(run: Run) -> list[list[int]]:
@@ -236,10 +236,14 @@ def _linear_entries(name: str, base: QuantLinear, dense: Dense32, dtype: torch.d
     def weight() -> Tensor:
         full, bias = dense()
         if bias is not None and base.bias is None:
-            raise QtuneError(f"{name}: the adapter adds a bias, which a plain checkpoint of this model cannot hold")
+            raise QtuneError(
+                "Q805", f"{name}: the adapter adds a bias, which a plain checkpoint of this model cannot hold"
+            )
         w = full.to(dtype)
         if not torch.isfinite(w).all():
-            raise QtuneError(f"{name}.weight: merged values overflow {dtype}; merge with --dtype bfloat16 or float32")
+            raise QtuneError(
+                "Q804", f"{name}.weight: merged values overflow {dtype}; merge with --dtype bfloat16 or float32"
+            )
         return w.T if base.conv1d else w
 
     def bias() -> Tensor:
@@ -339,8 +343,9 @@ def export_peft(run: Run, out: Path, screen: Screen, keep_base: str | None = Non
     if keep_base == "trained":
         if own:
             raise QtuneError(
+                "Q806",
                 f"the codes of this run's base are its own ({spec.method}, codes {run.recipe.calibrate.codes}), and no "
-                "other tool has them: export with --keep-base original, or merge"
+                "other tool has them: export with --keep-base original, or merge",
             )
         to_peft(run.model, spec, out, name)
         return None

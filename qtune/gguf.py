@@ -92,21 +92,21 @@ class GGUF:
             with open(path, "rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise QtuneError(f"cannot read {path}: {error}") from error
+            raise QtuneError("Q309", f"cannot read {path}: {error}") from error
         self.fields: dict[str, Any] = {}  # key -> value; of an array its length
         self._spans: dict[str, tuple[int, int]] = {}  # key -> bytes of the whole entry
         try:
             self.tensors = self._parse(_Cursor(self._data))
         except (struct.error, ValueError, IndexError) as error:
-            raise QtuneError(f"{path} is truncated or damaged: {error}") from error
+            raise QtuneError("Q309", f"{path} is truncated or damaged: {error}") from error
 
     def _parse(self, cursor: _Cursor) -> dict[str, StoredGGUF]:
         if self._data[:4] != b"GGUF":
-            raise QtuneError(f"{self.path} is no GGUF file: it does not start with GGUF")
+            raise QtuneError("Q309", f"{self.path} is no GGUF file: it does not start with GGUF")
         cursor.skip(4)
         version, tensors, keys = cursor.take("I"), cursor.take("Q"), cursor.take("Q")
         if version not in (2, 3):
-            raise QtuneError(f"{self.path} is GGUF version {version}; readable: 2 and 3, little-endian")
+            raise QtuneError("Q309", f"{self.path} is GGUF version {version}; readable: 2 and 3, little-endian")
         if tensors > COUNT_LIMIT or keys > COUNT_LIMIT:
             raise ValueError(f"it claims {tensors} tensors and {keys} keys")
         for _ in range(keys):
@@ -127,7 +127,7 @@ class GGUF:
         sizes = {int(t): size for t, size in _package().GGML_QUANT_SIZES.items()}
         if kind not in sizes:
             raise QtuneError(
-                f"{self.path}: {name} has ggml type {kind}, which the installed package gguf does not know"
+                "Q310", f"{self.path}: {name} has ggml type {kind}, which the installed package gguf does not know"
             )
         block, width = sizes[kind]
         if not shape or shape[-1] % block:
@@ -161,7 +161,7 @@ class GGUF:
                 block = _package().dequantize(raw, kind)
             except NotImplementedError as error:
                 raise QtuneError(
-                    f"{self.path}: {name} is {kind.name}, which the package gguf cannot dequantize"
+                    "Q310", f"{self.path}: {name} is {kind.name}, which the package gguf cannot dequantize"
                 ) from error
             yield torch.from_numpy(np.require(block, np.float32, "W"))
 
@@ -197,5 +197,5 @@ def _package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise QtuneError("reading a GGUF file needs the package gguf: pip install 'qtune[gguf]'") from error
+        raise QtuneError("Q904", "reading a GGUF file needs the package gguf: pip install 'qtune[gguf]'") from error
     return gguf

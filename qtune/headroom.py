@@ -122,7 +122,7 @@ def told_out_of_memory(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     screen.line(f"{reason}; planning what would fit ...", "yellow")
-    raise QtuneError(f"{reason}; {saved()}. {_way_out(recipe, examples, screen)}")
+    raise QtuneError("Q501", f"{reason}; {saved()}. {_way_out(recipe, examples, screen)}")
 
 
 def _way_out(recipe: Recipe, examples: Sequence[Example], screen: Screen) -> str:

@@ -218,7 +218,8 @@ class Trainer:
         if self.in_row > self.keys.max_skipped:
             before = f", and nothing better in {self.in_row - 1} before it" if self.in_row > 1 else ""
             raise NonFinite(
-                f"{error}{before}; {self.last_save()}. A lower train.lr or a longer train.warmup helps most often"
+                "Q701",
+                f"{error}{before}; {self.last_save()}. A lower train.lr or a longer train.warmup helps most often",
             ) from error
         if not result.skipped:
             self.screen.line(f"note: {error}; the step is skipped, and so are others, as {METRICS} tells", "yellow")
@@ -275,7 +276,7 @@ class Trainer:
         try:
             self.checkpoints.save(result.steps, tensors, values, self.best and self.best[1])
         except QtuneError as error:
-            raise QtuneError(f"{error}; {self.last_save()}") from error
+            raise QtuneError(error.code, f"{error}; {self.last_save()}") from error
         self.saved = result.steps
 
     def _restore(self, result: TrainResult, saved: Saved, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -285,7 +286,7 @@ class Trainer:
         try:
             self.train_step.optimizer.restore({**states, **info["numbers"]})
         except QtuneError as error:
-            raise QtuneError(f"cannot go on from {saved.folder}: {error}") from error
+            raise QtuneError("Q409", f"cannot go on from {saved.folder}: {error}") from error
         for kind in set_random_states(
             {n.removeprefix(RANDOM): t for n, t in tensors.items() if n.startswith(RANDOM)}, self.device
         ):
@@ -312,4 +313,4 @@ class Trainer:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise QtuneError(f"cannot write {path}: {error.strerror or error}; {self.last_save()}") from error
+            raise QtuneError("Q901", f"cannot write {path}: {error.strerror or error}; {self.last_save()}") from error

@@ -32,21 +32,24 @@ def to_peft(model: nn.Module, spec: AdapterSpec, folder: str | Path, base_model:
     sites = adapted_sites(model)
     names = METHODS[spec.checked().method].peft
     if not sites:
-        raise QtuneError("this model carries no adapter to export")
+        raise QtuneError("Q405", "this model carries no adapter to export")
     if names is None:
         able = ", ".join(sorted(name for name, method in METHODS.items() if method.peft is not None))
         raise QtuneError(
-            f"PEFT has no form for an adapter of method {spec.method}; it has one for {able}: merge instead"
+            "Q806", f"PEFT has no form for an adapter of method {spec.method}; it has one for {able}: merge instead"
         )
     conv1d = [name for name, site in sites.items() if site.base.conv1d]
     if conv1d and not names.conv1d:
         raise QtuneError(
-            f"PEFT's {names.peft_type} takes no Conv1D layers, which the base has at {', '.join(conv1d)}: merge instead"
+            "Q806",
+            f"PEFT's {names.peft_type} takes no Conv1D layers, which the base has at {', '.join(conv1d)}: merge "
+            "instead",
         )
     if routed := [name for name, site in sites.items() if site.base.routed]:
         raise QtuneError(
+            "Q806",
             "PEFT has no adapter for one expert's matrix, only for fused ones as a whole "
-            f"({', '.join(routed[:3])} ...): merge instead, or train without experts in adapter.targets"
+            f"({', '.join(routed[:3])} ...): merge instead, or train without experts in adapter.targets",
         )
     shared = getattr(model, SHARED, None)
     tensors = {

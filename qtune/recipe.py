@@ -62,7 +62,7 @@ class Recipe:
             if recipe is not None:
                 return recipe
         raise QtuneError(
-            f"{name} has {len(faults)} fault{'s' * (len(faults) > 1)}:" + "".join(f"\n  {f}" for f in faults)
+            "Q105", f"{name} has {len(faults)} fault{'s' * (len(faults) > 1)}:" + "".join(f"\n  {f}" for f in faults)
         )
 
     def with_(self, overrides: Overrides, *, training: bool = False) -> Recipe:
@@ -132,7 +132,9 @@ def _tree(source: str | Path | Mapping[str, Any], faults: list[str]) -> tuple[st
         try:
             source = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise QtuneError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+            raise QtuneError(
+                "Q104", f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}"
+            ) from error
     count = len(faults)
     value = load_yaml(source, faults)
     if value is None and len(faults) == count:

@@ -106,7 +106,9 @@ def saved_recipe(saved: Saved) -> Recipe:
     try:
         return Recipe.load(saved.info["recipe"], training=False)
     except QtuneError as error:
-        raise QtuneError(f"the recipe in {saved.folder} is not one of this qtune {__version__}: {error}") from error
+        raise QtuneError(
+            "Q409", f"the recipe in {saved.folder} is not one of this qtune {__version__}: {error}"
+        ) from error
 
 
 def check_data(saved: Saved, recipe: Recipe, examples: Sequence[Example], held_out: Sequence[Example]) -> None:
@@ -152,7 +154,7 @@ def tell_versions(saved: Saved, tell: Callable[[str], None]) -> None:
 def _refuse(saved: Saved, faults: Sequence[str]) -> None:
     if faults:
         listed = "".join(f"\n  {fault}" for fault in faults)
-        raise QtuneError(f"cannot go on from {saved.folder}, it is of another run:{listed}\n{FROM}")
+        raise QtuneError("Q409", f"cannot go on from {saved.folder}, it is of another run:{listed}\n{FROM}")
 
 
 def _free(key: str) -> bool:

@@ -72,7 +72,8 @@ def read_recipe(folder: Path) -> Recipe:
     if not is_run(folder):
         missing = [name for name in (RECIPE, INFO) if not (run_of(folder) / name).is_file()]
         raise QtuneError(
-            f"{folder} is not a run: it lacks {' and '.join(missing)}; give the `output` folder of a `qtune train`"
+            "Q401",
+            f"{folder} is not a run: it lacks {' and '.join(missing)}; give the `output` folder of a `qtune train`",
         )
     return Recipe.load(run_of(folder) / RECIPE, training=False)
 
@@ -82,8 +83,9 @@ def open_run(folder: Path, screen: Screen, *, device: str | None = None) -> Run:
     recipe, run = read_recipe(folder), run_of(folder)
     if Path(recipe.model).is_absolute() and not Path(recipe.model).exists():
         raise QtuneError(
+            "Q406",
             f"the base of {folder} is gone: there is no {recipe.model}; "
-            f"put it back, or set `model` in {run / RECIPE} to where it lies now"
+            f"put it back, or set `model` in {run / RECIPE} to where it lies now",
         )
     adapter, note = adapter_in(folder)
     if note:
@@ -114,8 +116,9 @@ def kept_in(folder: Path, adapter: Path) -> Path | None:
     names = (f"{KEPT}.safetensors", f"{KEPT}.safetensors.index.json")
     if count and not any((folder / name).is_file() for name in names):
         raise QtuneError(
+            "Q407",
             f"{folder} lacks {KEPT}.safetensors with the codes of {count} layers, which packing the base anew does not "
-            "give; the adapter is worthless without them: put the file back, or train again"
+            "give; the adapter is worthless without them: put the file back, or train again",
         )
     return folder if count else None
 
@@ -230,7 +233,9 @@ def calibration_text(recipe: Recipe, tokenizer: Any, screen: Screen, examples: S
         how = replace(recipe.data, max_length=keys.length, too_long="cut", loss_on="all", system=None)
         examples, _ = load_source(keys.data, tokenizer, how, screen=screen)
     if not examples:
-        raise QtuneError(f"calibrate.data is missing, and codes {keys.codes} are chosen from text; legal: {DATA_FILE}")
+        raise QtuneError(
+            "Q106", f"calibrate.data is missing, and codes {keys.codes} are chosen from text; legal: {DATA_FILE}"
+        )
     windows = windows_of([example.input_ids for example in examples], keys.samples, keys.length)
     name = ", ".join(Path(source.file).name for source in entries(keys.data or recipe.data.train or ""))
     count, few = len(windows), f", all that there is (calibrate.samples is {keys.samples})"
@@ -243,7 +248,7 @@ def quantize(recipe: Recipe, out: Path, *, screen: Screen | None = None) -> int:
     """Write the packed checkpoint of a recipe's model, which `load` reads without the original, with the licence.
     Returns its bytes."""
     if (out / "config.json").exists():
-        raise QtuneError(f"{out} already holds a checkpoint; choose another --out")
+        raise QtuneError("Q801", f"{out} already holds a checkpoint; choose another --out")
     screen = screen or Screen(quiet=True)
     recipe = replace(recipe, device="cpu", adapter=AdapterSpec())
     tokenizer = load_tokenizer(recipe.model)
@@ -281,7 +286,7 @@ def pick_device(name: str) -> torch.device:
     if not legal or (name.startswith("cuda") and index >= count) or (name == "mps" and not mps):
         have = [f"cuda:{i}" for i in range(count)] + ["mps"] * mps + ["cpu"]
         raise QtuneError(
-            f"device {name!r} is not there (torch {torch.__version__}); this machine has {', '.join(have)}"
+            "Q601", f"device {name!r} is not there (torch {torch.__version__}); this machine has {', '.join(have)}"
         )
     device = torch.device(name)
     settle(device)
@@ -292,6 +297,7 @@ def refuse_ranks() -> None:
     """Several processes would each train a model of their own, silently apart."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise QtuneError(
+            "Q604",
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: qtune trains on one device; "
-            "start it without torchrun or accelerate launch"
+            "start it without torchrun or accelerate launch",
         )

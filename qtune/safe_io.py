@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         flush_folder(path.parent)
     except OSError as error:
         raise QtuneError(
-            f"cannot write {path}: {error.strerror or error}; the previous file, if any, is untouched"
+            "Q901", f"cannot write {path}: {error.strerror or error}; the previous file, if any, is untouched"
         ) from error
     finally:
         with suppress(OSError):  # it was renamed, or never made
@@ -116,7 +116,7 @@ def claimed(folder: Path) -> Iterator[None]:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise QtuneError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
+            raise QtuneError("Q901", f"cannot write to the folder {folder}: {error.strerror or error}") from error
         yield
     except BaseException:
         with suppress(OSError):  # not empty

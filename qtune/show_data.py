@@ -36,12 +36,12 @@ def show_data(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], No
     from .recipe import Recipe
 
     if args.show < 0:
-        raise QtuneError(f"--show is {args.show}; legal: 0 or more")
+        raise QtuneError("Q102", f"--show is {args.show}; legal: 0 or more")
     is_recipe = Path(args.data).suffix.lower() in RECIPES
     tree: Any = Path(args.data) if is_recipe else {"model": args.model or "none", "data": {"train": args.data}}
     recipe = Recipe.load(tree, [*args.overrides, *([f"model={args.model}"] if args.model else [])], training=False)
     if recipe.data.train is None:
-        raise QtuneError(f"{args.data} names no data.train; give a data file, or a recipe with data")
+        raise QtuneError("Q106", f"{args.data} names no data.train; give a data file, or a recipe with data")
     if is_recipe or args.model:
         _tokens(recipe, args.show, screen, emit)
     else:

@@ -80,7 +80,7 @@ class Starting(Packing):
         self.needs = frozenset() if spec is None else spec.needs()
         if self.data and windows is None:
             what = f"codes {codes} are chosen" if codes != "nearest" else f"method {spec.method if spec else ''} starts"
-            raise QtuneError(f"{what} from calibration text, and there is none; give `windows`")
+            raise QtuneError("Q704", f"{what} from calibration text, and there is none; give `windows`")
         self.windows = windows if self.data else None
         self.held: dict[str, Tensor] = {}  # weights of the layer at hand
         self.started: dict[str, Adapted] = {}
@@ -123,8 +123,9 @@ class Starting(Packing):
         if packed and (self.needs or self.data):
             what = f"method {self.spec.method} needs" if self.spec and self.needs else f"codes {self.codes} need"
             raise QtuneError(
+                "Q313",
                 f"the model's weights are packed already ({', '.join(packed[:3])} ...), but {what} them as they were "
-                "before; take the original model"
+                "before; take the original model",
             )
 
     def _refuse_tied(self) -> None:
@@ -132,8 +133,9 @@ class Starting(Packing):
         shared = {*self.ties, *self.ties.values()}
         if self.spec is not None and self.needs and (tied := [s for s in self.sites if f"{s}.weight" in shared]):
             raise QtuneError(
+                "Q707",
                 f"{', '.join(tied)}: its weight is the input table's, too, so that method {self.spec.method} cannot "
-                "start from it; take it out of adapter.targets"
+                "start from it; take it out of adapter.targets",
             )
 
     def _refuse_codes(self, inside: re.Pattern[str]) -> None:
@@ -142,25 +144,28 @@ class Starting(Packing):
         layers = [layer for name, layer in packed_sites(self.model).items() if inside.match(name)]
         why = {refuses(layer.scheme, self.codes) for layer in layers}
         if "" not in why:
-            raise QtuneError("; ".join(sorted(why)))
+            raise QtuneError("Q702", "; ".join(sorted(why)))
 
     def _refuse_outside(self, inside: re.Pattern[str]) -> None:
         outside = [site for site in self.sites if not inside.match(site)]
         if outside and self.spec is not None and "gram" in self.needs:
             raise QtuneError(
+                "Q707",
                 f"{', '.join(outside[:3])}: method {self.spec.method} starts from the inputs of a layer on calibration "
-                "text, which are gathered inside of the decoder's layers only; take these out of adapter.targets"
+                "text, which are gathered inside of the decoder's layers only; take these out of adapter.targets",
             )
 
     def _refuse_little(self, layers: torch.nn.ModuleList) -> None:
         assert self.windows is not None
         rows: int = self.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         if not self.windows.is_meta and not 0 <= int(self.windows.min()) <= int(self.windows.max()) < rows:
-            raise QtuneError(f"windows hold token {int(self.windows.max())}; the model has tokens 0 to {rows - 1}")
+            raise QtuneError(
+                "Q222", f"windows hold token {int(self.windows.max())}; the model has tokens 0 to {rows - 1}"
+            )
         sites = self.sites.values() if self.codes == "nearest" else packed_sites(layers).values()
         message = too_little(self.windows.numel(), max(layer.in_features for layer in sites))
         if message:
-            raise QtuneError(message)
+            raise QtuneError("Q221", message)
 
     def weight(self, layer: QuantLinear, weight: Tensor) -> None:
         if self.data and layer.name in self.within:
@@ -203,8 +208,10 @@ class Starting(Packing):
             return grams.gram(layer.name)
         if self.spec is not None and "gram" in self.needs and layer.name in self.sites:
             raise QtuneError(
+                "Q221",
                 f"{layer.name}: a router sent {seen} tokens of the calibration text to this expert, and method "
-                f"{self.spec.method} needs {layer.in_features}; give more text, or leave experts out of adapter.targets"
+                f"{self.spec.method} needs {layer.in_features}; give more text, or leave experts out of "
+                "adapter.targets",
             )
         self.few.append(layer.name)
         return None

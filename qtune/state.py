@@ -93,22 +93,22 @@ def read(folder: Path) -> Saved:
     try:
         info = json.loads((folder / STATE).read_text("utf-8"))
     except OSError as error:
-        raise QtuneError(f"cannot read {folder / STATE}: {error.strerror or error}") from error
+        raise QtuneError("Q408", f"cannot read {folder / STATE}: {error.strerror or error}") from error
     except ValueError as error:
-        raise QtuneError(f"{folder / STATE} is no JSON text ({error})") from error
+        raise QtuneError("Q408", f"{folder / STATE} is no JSON text ({error})") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         found = info.get("format") if isinstance(info, dict) else type(info).__name__
-        raise QtuneError(f"{folder / STATE} has format {found!r}; this qtune reads format {FORMAT}")
+        raise QtuneError("Q408", f"{folder / STATE} has format {found!r}; this qtune reads format {FORMAT}")
     needed = {"step": int, "steps": int, "recipe": dict, "data": dict, "base": str, "versions": dict, "files": dict,
               "skipped": int, "in_row": int, "tokens": int, "seconds": float, "numbers": dict}  # fmt: skip
     wrong = [key for key, kind in needed.items() if not isinstance(info.get(key), kind)]
     if wrong:
-        raise QtuneError(f"{folder / STATE} lacks or garbles {', '.join(wrong)}")
+        raise QtuneError("Q408", f"{folder / STATE} lacks or garbles {', '.join(wrong)}")
     if info.get("sha256") != _own_digest(info):
-        raise QtuneError(f"{folder / STATE} was changed since it was written: its sha256 is not the one in it")
+        raise QtuneError("Q408", f"{folder / STATE} was changed since it was written: its sha256 is not the one in it")
     faults = [fault for name in FILES if (fault := _fault(folder / name, info["files"].get(name)))]
     if faults:
-        raise QtuneError(f"the checkpoint {folder} is damaged: {'; '.join(faults)}")
+        raise QtuneError("Q408", f"the checkpoint {folder} is damaged: {'; '.join(faults)}")
     return Saved(folder, info)
 
 
@@ -146,7 +146,7 @@ def newest(run: Path, tell: Callable[[str], None]) -> Saved | None:
         try:
             saved = read(folder_of(run, step))
             if saved.step != step:
-                raise QtuneError(f"{saved.folder} is the checkpoint of step {saved.step}, by another name")
+                raise QtuneError("Q408", f"{saved.folder} is the checkpoint of step {saved.step}, by another name")
         except QtuneError as error:
             faults.append(str(error))
             continue
@@ -154,7 +154,7 @@ def newest(run: Path, tell: Callable[[str], None]) -> Saved | None:
             tell(f"{fault}; the checkpoint of step {step} is whole, and is taken in its place")
         return saved
     if faults:
-        raise QtuneError(f"{run} holds no checkpoint that is whole: {'; '.join(faults)}")
+        raise QtuneError("Q408", f"{run} holds no checkpoint that is whole: {'; '.join(faults)}")
     return None
 
 
@@ -166,7 +166,7 @@ def read_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise QtuneError(f"cannot read {path}: {error.strerror or error}") from error
+        raise QtuneError("Q411", f"cannot read {path}: {error.strerror or error}") from error
     kept = [(row, line) for row, line in rows_of(text) if row["step"] <= step]
     whole = "".join(f"{line}\n" for _, line in kept)
     if whole != text:
@@ -257,7 +257,9 @@ class Checkpoints:
         except (OSError, QtuneError) as error:
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
             reason = getattr(cause, "strerror", None) or cause
-            raise QtuneError(f"cannot write the checkpoint of step {step} to {path.parent}: {reason}") from error
+            raise QtuneError(
+                "Q901", f"cannot write the checkpoint of step {step} to {path.parent}: {reason}"
+            ) from error
         self.publish(step)
         there = steps_in(self.run)
         for old in there[: -self.keep]:
@@ -278,7 +280,8 @@ class Checkpoints:
         needed, free = count * (adapter + state) + 2 * adapter, shutil.disk_usage(self.run).free
         if needed > free + there:
             raise QtuneError(
+                "Q903",
                 f"{self.run} has room for {size(free + there)}, and this run takes {size(needed)}: {count} checkpoints "
                 f"at a time of {size(adapter + state)} each, and the adapter twice. Lower train.keep (is {self.keep}), "
-                "make room, or take an output on another disk"
+                "make room, or take an output on another disk",
             )

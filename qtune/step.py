@@ -121,8 +121,9 @@ class LanguageModel:
         self.checkpointing(away if train.checkpointing else None)
         if memory.mlp_tile is not None and not tile_mlps(self.model, memory.mlp_tile):
             raise QtuneError(
+                "Q505",
                 f"memory.mlp_tile is {memory.mlp_tile:,}, and {type(self.model).__name__} has no gated MLP that could "
-                "run in tiles; legal: null"
+                "run in tiles; legal: null",
             )
 
     def restore(self) -> None:
@@ -164,8 +165,9 @@ class LanguageModel:
         self.model.train(mode)
         if not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2 * float(own.abs().max())):
             raise QtuneError(
+                "Q709",
                 f"{type(self.model).__name__} changes its logits in a way that qtune does not know; "
-                "training it would be wrong"
+                "training it would be wrong",
             )
 
     @torch.no_grad()
@@ -181,7 +183,8 @@ class LanguageModel:
         self.model.train(mode)
         if not torch.allclose(packed.float(), alone.float(), rtol=1e-2, atol=2e-2 * float(alone.abs().max())):
             raise QtuneError(
-                f"{type(self.model).__name__} lets examples of a packed row see each other; set train.packing to false"
+                "Q703",
+                f"{type(self.model).__name__} lets examples of a packed row see each other; set train.packing to false",
             )
 
 
@@ -197,8 +200,9 @@ class TrainStep:
         self.method = METHODS[next(iter(self.sites.values())).method]
         if optimizer.early and self.method.penalty is not Adapter.penalty:
             raise QtuneError(
+                "Q708",
                 f"adapter method {self.method.method} has a penalty, whose gradient comes after the loss's; "
-                "set train.update_in_backward to false"
+                "set train.update_in_backward to false",
             )
         if device_of(model.model).type == "cpu":
             layers = layers_of(model.model)
@@ -233,7 +237,7 @@ class TrainStep:
         norm = self.optimizer.norm(math.inf if self.clip is None else self.clip)
         if not (math.isfinite(total) and math.isfinite(norm)):
             self.optimizer.drop_gradients()
-            raise NonFinite(f"step {step}: loss is {total}, gradient norm is {norm}")
+            raise NonFinite("Q701", f"step {step}: loss is {total}, gradient norm is {norm}")
         self.optimizer.step(factor)
         self.method.after_step(self.sites, step, steps)
         return norm

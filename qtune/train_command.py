@@ -76,10 +76,12 @@ def recipe_of(args: argparse.Namespace) -> Any:
     if not path.is_dir():
         return Recipe.load(Path(args.recipe), args.overrides)
     if not (path / RECIPE).is_file():
-        raise QtuneError(f"{path} is a folder without a {RECIPE}; give a recipe, or the folder of a run with --resume")
+        raise QtuneError(
+            "Q104", f"{path} is a folder without a {RECIPE}; give a recipe, or the folder of a run with --resume"
+        )
     if not args.resume:
         raise QtuneError(
-            f"{path} is a run: go on with it by --resume, or train {path / RECIPE} with another output=..."
+            "Q410", f"{path} is a run: go on with it by --resume, or train {path / RECIPE} with another output=..."
         )
     return Recipe.load(path / RECIPE, [f"output={_as_yaml(path)}", *args.overrides])
 

@@ -80,9 +80,11 @@ def train(
     refuse_ranks()
     screen = screen or Screen(quiet=True)
     if recipe.output is None or recipe.data.train is None:
-        raise QtuneError("a recipe to train needs `output` and `data.train`")
+        raise QtuneError("Q106", "a recipe to train needs `output` and `data.train`")
     if resume and overwrite:
-        raise QtuneError("to go on with a run and to replace it exclude each other; give one of --resume, --overwrite")
+        raise QtuneError(
+            "Q103", "to go on with a run and to replace it exclude each other; give one of --resume, --overwrite"
+        )
     check_trackers(recipe.train.trackers)
     folder = Path(recipe.output).expanduser()
     saved = _saved(recipe, folder, screen) if resume else None
@@ -242,8 +244,9 @@ def _saved(recipe: Recipe, folder: Path, screen: Screen) -> Saved | None:
         return saved
     if (folder / TENSORS).exists():
         raise QtuneError(
+            "Q413",
             f"{folder} holds an adapter, but no checkpoint to go on from; take its weights alone into another run with "
-            "--from RUN and another output"
+            "--from RUN and another output",
         )
     screen.line(f"note: nothing was saved in {folder} yet: the run begins at its start", "yellow")
     return None
@@ -253,8 +256,9 @@ def _check_free(folder: Path) -> None:
     """Raises QtuneError rather than train over another run."""
     if (folder / TENSORS).exists() or steps_in(folder):
         raise QtuneError(
+            "Q410",
             f"{folder} already holds a trained adapter; choose another folder with output=..., "
-            "go on with it (--resume), or give --overwrite to replace it"
+            "go on with it (--resume), or give --overwrite to replace it",
         )
 
 
@@ -262,7 +266,7 @@ def _check_start(recipe: Recipe, start_from: Path, folder: Path) -> None:
     """The adapter to start from, and its base, must be those that the recipe describes, or the new run's would lie."""
     if run_of(start_from).resolve() == folder.resolve():
         raise QtuneError(
-            f"{folder} is both the run to start from and the output; choose another folder with output=..."
+            "Q410", f"{folder} is both the run to start from and the output; choose another folder with output=..."
         )
     info = read_adapter_json(adapter_in(start_from)[0])
     saved = {"model": recipe.model, "adapter": info["adapter"]}
@@ -270,8 +274,9 @@ def _check_start(recipe: Recipe, start_from: Path, folder: Path) -> None:
     faults = [f"{k} is {here.get(k)}, there {there.get(k)}" for k in {**here, **there} if here.get(k) != there.get(k)]
     if faults:
         raise QtuneError(
+            "Q414",
             f"the recipe's adapter is another one than that of {start_from}: {'; '.join(faults)}. "
-            f"Give the recipe the same `adapter` section, or train {run_of(start_from) / RECIPE}"
+            f"Give the recipe the same `adapter` section, or train {run_of(start_from) / RECIPE}",
         )
     scheme = info["base"].get("scheme", recipe.scheme.to_dict())
     if scheme != recipe.scheme.to_dict():
@@ -282,8 +287,9 @@ def _check_start(recipe: Recipe, start_from: Path, folder: Path) -> None:
             faults.append(f"calibrate.codes is {codes}, there {other.calibrate.codes}")
     if faults:
         raise QtuneError(
+            "Q414",
             f"the recipe packs its base otherwise than {start_from}: {'; '.join(faults)}. An adapter fits the codes "
-            f"that it was trained on: give the recipe the same, or train {run_of(start_from) / RECIPE}"
+            f"that it was trained on: give the recipe the same, or train {run_of(start_from) / RECIPE}",
         )
 
 
@@ -311,7 +317,7 @@ def _begin(folder: Path, recipe: Recipe, trainer: Trainer, start_from: Path | No
             ):
                 path.unlink(missing_ok=True)
     except OSError as error:
-        raise QtuneError(f"cannot replace the run in {folder}: {error}") from error
+        raise QtuneError("Q901", f"cannot replace the run in {folder}: {error}") from error
     if saved is None:
         if kept := save_kept(model, folder):
             screen.line(f"base  the codes that the start chose, {size(kept)}, are kept in {folder / KEPT}.safetensors")

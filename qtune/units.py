@@ -29,13 +29,15 @@ def parse_size(text: str | int, what: str = "size") -> int:
     found = _SIZE.fullmatch(given)
     legal = f"a number above 0 and one of {', '.join(UNITS)}, such as 24GB or 7.5GiB"
     if found is None:
-        raise QtuneError(f"{what} {given!r} is not a size; legal: {legal}")
+        raise QtuneError("Q110", f"{what} {given!r} is not a size; legal: {legal}")
     number, unit = found.groups()
     if not unit:
-        raise QtuneError(f"{what} {given!r} has no unit; legal: {legal}")
+        raise QtuneError("Q110", f"{what} {given!r} has no unit; legal: {legal}")
     if unit.lower() not in _BY_NAME:
-        raise QtuneError(f"{what} {given!r} has the unknown unit {unit!r}; legal: {legal}")
+        raise QtuneError("Q110", f"{what} {given!r} has the unknown unit {unit!r}; legal: {legal}")
     size = int(Decimal(number) * _BY_NAME[unit.lower()])
     if not 1 <= size <= LARGEST:
-        raise QtuneError(f"{what} {given!r} is {'too large' if size > LARGEST else 'below one byte'}; legal: {legal}")
+        raise QtuneError(
+            "Q110", f"{what} {given!r} is {'too large' if size > LARGEST else 'below one byte'}; legal: {legal}"
+        )
     return size

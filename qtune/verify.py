@@ -221,5 +221,5 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     faults = [f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])))}" for kind in kinds if info[kind]]
     if faults:
-        raise QtuneError(f"transformers does not load {folder} as written: {'; '.join(faults)}")
+        raise QtuneError("Q803", f"transformers does not load {folder} as written: {'; '.join(faults)}")
     return model

@@ -19,8 +19,8 @@ from qtune.model import load
 from qtune.quant import NF4
 
 COMMANDS = [
-    "chat", "compare", "data", "demo", "doctor", "eval", "export", "merge", "methods", "plan", "quantize", "report",
-    "schemes", "train",
+    "chat", "compare", "data", "demo", "doctor", "eval", "explain", "export", "merge", "methods", "plan", "quantize",
+    "report", "schemes", "train",
 ]  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_the_doctor_speaks_where_kernels_are_required_and_cannot_run(
 
 def test_a_fault_is_one_paragraph_and_exit_1(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, err = run(capsys, "train", root / "recipe.yaml", "scheme=nf5", "train.lr=-1", "trian.steps=3", code=1)
-    assert "Traceback" not in err and err.startswith("error: ")
+    assert "Traceback" not in err and err.startswith("error Q1")
     assert "nf5" in err and "train.lr" in err and "trian" in err, "all faults at once"
     assert "Traceback" in run(capsys, "train", root / "recipe.yaml", "scheme=nf5", "--debug", code=1)[1]
 

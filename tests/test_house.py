@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room imports rooms of earlier lines only; the modules of a package are one room.
 ORDER = (
     {"errors"},
-    {"units"},
+    {"units", "explain"},
     {"safe_io", "screen", "keys", "yaml_text", "tables"},
     {"kernels"},
     {"backend"},

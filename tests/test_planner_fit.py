@@ -186,7 +186,7 @@ def test_a_change_that_cannot_be_built_is_passed_over(
 ) -> None:
     def formula(recipe: Recipe) -> int:
         if recipe.embeddings is not None:
-            raise QtuneError("these cannot be packed")
+            raise QtuneError("Q305", "these cannot be packed")
         return additive(recipe)
 
     ruled(monkeypatch, some, formula)
@@ -224,7 +224,7 @@ def test_fewer_windows_are_a_knob_where_loading_is_the_peak(
 ) -> None:
     def loaded(plan: Plan) -> Phase:
         if plan.recipe.calibrate.samples < 4:
-            raise QtuneError("too little text")
+            raise QtuneError("Q221", "too little text")
         return Phase("load", 300 * plan.recipe.calibrate.samples)
 
     ruler = ruled(monkeypatch, some)

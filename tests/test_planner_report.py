@@ -71,7 +71,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 0) -> tup
 
 def fault(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     err = run(capsys, *argv, code=1)[1]
-    assert err.startswith("error: ") and "Traceback" not in err and "not foreseen" not in err
+    assert err.startswith("error Q") and "Traceback" not in err and "not foreseen" not in err
     return err
 
 

@@ -137,7 +137,7 @@ def test_the_command_is_what_a_shell_takes() -> None:
 
 def test_an_architecture_without_a_plan_is_a_note(root: Path, monkeypatch: pytest.MonkeyPatch, copy: Path) -> None:
     def refuse(*args: object) -> None:
-        raise QtuneError("XConfig cannot be planned: it asks for a value")
+        raise QtuneError("Q506", "XConfig cannot be planned: it asks for a value")
 
     monkeypatch.setattr("qtune.planner.request.request_of", refuse)
     screen = Screen()

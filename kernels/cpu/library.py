@@ -87,16 +87,16 @@ class Library:
         """Call an exported function; raises QtuneError where it returns a fault."""
         library = self.built().library
         if library is None:
-            raise QtuneError(f"the CPU kernels cannot run: {self.built().why}")
+            raise QtuneError("Q602", f"the CPU kernels cannot run: {self.built().why}")
         if status := getattr(library, function)(*arguments):
-            raise QtuneError(f"{function}: {FAULTS.get(status, f'fault {status}')}")
+            raise QtuneError("Q603", f"{function}: {FAULTS.get(status, f'fault {status}')}")
 
 
 def require(checks: Sequence[tuple[bool, str]]) -> None:
     """One error for all that does not fit: the kernels get bare pointers, so nothing after this would notice."""
     for holds, _ in checks:
         if not holds:
-            raise QtuneError(f"CPU kernel: {'; '.join(text for holds, text in checks if not holds)}")
+            raise QtuneError("Q603", f"CPU kernel: {'; '.join(text for holds, text in checks if not holds)}")
 
 
 def fits(t: Tensor, numel: int, *dtypes: torch.dtype) -> bool:

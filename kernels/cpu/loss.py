@@ -43,7 +43,9 @@ def _refuse(logits: Tensor, labels: Tensor) -> None:
         part("labels", labels, rows, torch.int64),
     ])  # fmt: skip
     if rows and (int(labels.min()) < 0 or int(labels.max()) >= vocab):
-        raise QtuneError(f"cross entropy: labels {int(labels.min())} to {int(labels.max())}; legal: 0 to {vocab - 1}")
+        raise QtuneError(
+            "Q222", f"cross entropy: labels {int(labels.min())} to {int(labels.max())}; legal: 0 to {vocab - 1}"
+        )
 
 
 def cross_entropy_(

@@ -113,7 +113,7 @@ def launch(kernel: Any, grid: Sequence[int], like: Tensor, *arguments: Any, **op
     if 0 in grid:
         return
     if grid[0] >= 2**31 or any(size > 65535 for size in grid[1:]):
-        raise QtuneError(f"CUDA kernel {kernel.__name__}: no grid of {tuple(grid)}: the tensor is too large")
+        raise QtuneError("Q603", f"CUDA kernel {kernel.__name__}: no grid of {tuple(grid)}: the tensor is too large")
     with torch.cuda.device_of(like):
         kernel[tuple(grid)](*arguments, **OPTIONS | options)
 
@@ -139,7 +139,7 @@ def dot_type(dtype: torch.dtype) -> Any:
 def require(checks: Sequence[tuple[bool, str]]) -> None:
     """One error for all that does not fit: the kernels get bare pointers, so nothing after this would notice."""
     if faults := [text for holds, text in checks if not holds]:
-        raise QtuneError(f"CUDA kernel: {'; '.join(faults)}")
+        raise QtuneError("Q603", f"CUDA kernel: {'; '.join(faults)}")
 
 
 def fits(t: Tensor, numel: int, *dtypes: torch.dtype) -> bool:

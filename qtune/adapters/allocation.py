@@ -54,8 +54,9 @@ def check_budget(rank: int, out: int, width: int) -> int:
     if not LEAST * out <= budget <= out * width:
         legal = f"here rank may be {least} to {most}" if least <= most else "no rank fits: leave it out of the targets"
         raise QtuneError(
+            "Q107",
             f"adapter.rank {rank} gives {budget} values to {out} x {width} places, {budget / out:.3g} a row; a row "
-            f"takes {LEAST} to {width}, so {legal}"
+            f"takes {LEAST} to {width}, so {legal}",
         )
     return budget
 

@@ -45,9 +45,11 @@ def check_gram(gram: Tensor | None, base: QuantLinear, name: str) -> None:
     width = base.in_features
     if gram is None or gram.shape != (width, width):
         found = gram if gram is None else tuple(gram.shape)
-        raise QtuneError(f"{name}: second moments must be {width} x {width}, not {found}")
+        raise QtuneError("Q706", f"{name}: second moments must be {width} x {width}, not {found}")
     if not gram.is_meta and not torch.isfinite(gram).all():
-        raise QtuneError(f"{name}: second moments are not finite; did the model overflow on the calibration text?")
+        raise QtuneError(
+            "Q706", f"{name}: second moments are not finite; did the model overflow on the calibration text?"
+        )
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ class AdapterSpec:
         """Itself; raises QtuneError with all faults."""
         faults = self.faults()
         if faults:
-            raise QtuneError("; ".join(faults))
+            raise QtuneError("Q107", "; ".join(faults))
         return self
 
     def to_dict(self) -> dict[str, Any]:

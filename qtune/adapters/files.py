@@ -51,7 +51,7 @@ def save_adapter(
     """
     described = describe_sites(model) if sites is None else sites
     if not described:
-        raise QtuneError("this model carries no adapter to save")
+        raise QtuneError("Q405", "this model carries no adapter to save")
     tensors = {name: value.detach().cpu().contiguous() for name, value in adapter_tensors(model).items()}
     content = safetensors.torch.save(tensors, {"format": "pt"})
     info = {
@@ -123,17 +123,17 @@ def load_first(model: nn.Module, folder: str | Path, adapter: str | Path) -> Non
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != read_adapter_json(adapter).get("first"):
-            raise QtuneError(f"{path} is not the file that {INFO} was written for: its sha256 differs")
+            raise QtuneError("Q403", f"{path} is not the file that {INFO} was written for: its sha256 differs")
         tensors = safetensors.torch.load(content)
     except OSError as error:
         raise QtuneError(
-            f"cannot read {path}, which holds the adapter's first values: {error.strerror or error}"
+            "Q403", f"cannot read {path}, which holds the adapter's first values: {error.strerror or error}"
         ) from error
     except safetensors.SafetensorError as error:
-        raise QtuneError(f"{path} is no safetensors file: {error}") from error
+        raise QtuneError("Q403", f"{path} is no safetensors file: {error}") from error
     expected = adapter_tensors(model)
     if faults := _compare(expected, tensors, set(), FIRST):
-        raise QtuneError(f"{path} does not fit the adapter: {'; '.join(faults[:SHOWN])}")
+        raise QtuneError("Q404", f"{path} does not fit the adapter: {'; '.join(faults[:SHOWN])}")
     _fill(expected, tensors)
     for site in adapted_sites(model).values():
         site.adapter.prepare(site.base)
@@ -156,7 +156,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, other_base: bool = Fal
     Raises QtuneError with everything that does not fit; then the model is as before.
     """
     if adapted_sites(model):
-        raise QtuneError("this model already carries an adapter; load the base again to put another one on it")
+        raise QtuneError("Q405", "this model already carries an adapter; load the base again to put another one on it")
     info = read_adapter_json(folder)
     tensors = _read_tensors(Path(folder) / TENSORS, info)
     spec = AdapterSpec.from_dict(info["adapter"]).checked()
@@ -167,7 +167,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, other_base: bool = Fal
     if faults:
         more = f"\n  ... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         listed = "".join(f"\n  {fault}" for fault in faults[:SHOWN])
-        raise QtuneError(f"the adapter in {folder} does not fit this model:{listed}{more}")
+        raise QtuneError("Q404", f"the adapter in {folder} does not fit this model:{listed}{more}")
     _fill(expected, tensors)
     for name, site in sites.items():
         site.start = Start(**info["sites"][name]["start"]) if "start" in info["sites"][name] else None
@@ -185,13 +185,14 @@ def read_adapter_json(folder: str | Path) -> dict[str, Any]:
         info = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise QtuneError(
-            f"cannot read {path}: {error.strerror or error}; a folder with an adapter holds {INFO} and {TENSORS}"
+            "Q402",
+            f"cannot read {path}: {error.strerror or error}; a folder with an adapter holds {INFO} and {TENSORS}",
         ) from error
     except ValueError as error:
-        raise QtuneError(f"{path} is no JSON text ({error}); is it cut off?") from error
+        raise QtuneError("Q402", f"{path} is no JSON text ({error}); is it cut off?") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         found = info.get("format") if isinstance(info, dict) else type(info).__name__
-        raise QtuneError(f"{path} has format {found!r}; this qtune reads format {FORMAT}")
+        raise QtuneError("Q402", f"{path} has format {found!r}; this qtune reads format {FORMAT}")
     needed = {"adapter": dict, "base": dict, "bytes": int, "sha256": str, "sites": dict}
     wrong = [key for key, kind in needed.items() if not isinstance(info.get(key), kind)]
     if "sites" not in wrong and not all(
@@ -199,7 +200,7 @@ def read_adapter_json(folder: str | Path) -> dict[str, Any]:
     ):
         wrong.append("sites")
     if wrong:
-        raise QtuneError(f"{path} lacks or garbles {', '.join(wrong)}")
+        raise QtuneError("Q402", f"{path} lacks or garbles {', '.join(wrong)}")
     return info
 
 
@@ -207,17 +208,20 @@ def _read_tensors(path: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise QtuneError(f"cannot read {path}: {error.strerror or error}") from error
+        raise QtuneError("Q403", f"cannot read {path}: {error.strerror or error}") from error
     if len(content) != info["bytes"]:
-        raise QtuneError(f"{path} has {len(content)} bytes, {INFO} says {info['bytes']}: cut off, or of another save")
+        raise QtuneError(
+            "Q403", f"{path} has {len(content)} bytes, {INFO} says {info['bytes']}: cut off, or of another save"
+        )
     if hashlib.sha256(content).hexdigest() != info["sha256"]:
         raise QtuneError(
-            f"{path} is not the file that {INFO} was written for: its sha256 differs (damaged, or of another save)"
+            "Q403",
+            f"{path} is not the file that {INFO} was written for: its sha256 differs (damaged, or of another save)",
         )
     try:
         return safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
-        raise QtuneError(f"{path} is no safetensors file: {error}") from error
+        raise QtuneError("Q403", f"{path} is no safetensors file: {error}") from error
 
 
 def _find_bases(

@@ -41,8 +41,9 @@ def find_sites(model: nn.Module, targets: Iterable[str]) -> dict[str, QuantLinea
     if missing:
         ends = sorted({name.rsplit(".", 1)[-1] for name in bases})
         raise QtuneError(
+            "Q109",
             f"adapter.targets {', '.join(map(repr, missing))} match no packed linear layer; "
-            f"legal: {ALL_LINEAR}, {', '.join(ends)}, or a pattern"
+            f"legal: {ALL_LINEAR}, {', '.join(ends)}, or a pattern",
         )
     return {name: bases[name] for name in bases if name in sites}
 
@@ -62,7 +63,7 @@ def adapt(
     spec.checked()
     method = METHODS[spec.method]
     if adapted_sites(model):
-        raise QtuneError("this model already carries an adapter; load the base again to put another one on it")
+        raise QtuneError("Q405", "this model already carries an adapter; load the base again to put another one on it")
     sites, shared = build(find_sites(model, spec.targets or method.targets), spec)
     for name, site in sites.items():
         if not site.base.packed.is_meta:
@@ -79,8 +80,9 @@ def begin(name: str, site: Adapted, spec: AdapterSpec, source: Source | None, se
     """
     if missing := [what for what in sorted(spec.needs()) if getattr(source, what, None) is None]:
         raise QtuneError(
+            "Q704",
             f"{name}: method {spec.method} starts from the {' and the '.join(missing)} of a layer before it is packed; "
-            "load the model and start the adapter together with qtune.start"
+            "load the model and start the adapter together with qtune.start",
         )
     bound, base = type(site.adapter).bound, site.base
     if source is not None and source.gram is not None:
@@ -98,9 +100,10 @@ def begin(name: str, site: Adapted, spec: AdapterSpec, source: Source | None, se
         bound += 3 / (base.in_features * base.out_features) ** 0.5
     if not start.after <= start.before * bound * (1 + SLACK) + rounding:
         raise QtuneError(
+            "Q705",
             f"{name}: {spec.method} starts at a distance of {start.after:.4g} from the original weight, "
             f"{base.scheme} alone is at {start.before:.4g}: the start made it worse. Leave the layer out of "
-            "adapter.targets, or take another method"
+            "adapter.targets, or take another method",
         )
     return start
 
@@ -153,7 +156,7 @@ def build(
         except QtuneError as error:
             faults[name] = str(error)
     if faults:
-        raise QtuneError(_by_reason(faults))
+        raise QtuneError("Q107", _by_reason(faults))
     return sites, shared
 
 

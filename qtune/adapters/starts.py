@@ -37,7 +37,9 @@ def check_rank(base: QuantLinear, rank: int) -> None:
     """Raises QtuneError for a rank that no decomposition of the layer has."""
     if not 1 <= rank <= min(base.shape):
         raise QtuneError(
-            f"adapter.rank {rank} is beyond a layer of {base.shape[0]} x {base.shape[1]}; legal: 1 to {min(base.shape)}"
+            "Q107",
+            f"adapter.rank {rank} is beyond a layer of {base.shape[0]} x {base.shape[1]}; legal: 1 to "
+            f"{min(base.shape)}",
         )
 
 

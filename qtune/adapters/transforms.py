@@ -32,7 +32,7 @@ def check_size(n: int, kind: str, fallback: str = "") -> None:
     try:
         factor(n)
     except QtuneError as fault:
-        raise QtuneError(f"input width {n}: {fault}{fallback}") from fault
+        raise QtuneError("Q107", f"input width {n}: {fault}{fallback}") from fault
 
 
 def transform(x: Tensor, kind: str, inverse: bool = False) -> Tensor:

@@ -48,8 +48,9 @@ class Chat:
             text = text.get("default") or next(iter(text.values()), None)
         if not text:
             raise QtuneError(
+                "Q211",
                 "the data holds messages, but the tokenizer has no chat template; "
-                "set data.template, or give prompt/completion records"
+                "set data.template, or give prompt/completion records",
             )
         return str(text)
 
@@ -117,7 +118,7 @@ class Chat:
             )
         except (ValueError, NotImplementedError) as error:
             raise QtuneError(
-                f"{record.where}: the tokenizer cannot give the template's {{% generation %}} mask: {error}"
+                "Q212", f"{record.where}: the tokenizer cannot give the template's {{% generation %}} mask: {error}"
             ) from error
         ids, trained = list(out["input_ids"][0]), list(out["assistant_masks"][0])
         mark = list(self.tokenizer(self.turn_end.rstrip(), add_special_tokens=False, verbose=False)["input_ids"])
@@ -138,7 +139,9 @@ class Chat:
             )
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
             line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise QtuneError(f"{record.where}: the chat template{line} refuses the conversation: {error}") from error
+            raise QtuneError(
+                "Q212", f"{record.where}: the chat template{line} refuses the conversation: {error}"
+            ) from error
 
     # ---- answers
 
@@ -243,10 +246,11 @@ class Chat:
             if shown and (message.get("tool_calls") or content in shown or shown in content):
                 return start, self._ended(text, end)
         raise QtuneError(
+            "Q213",
             f"{record.where}: the chat template renders message {i + 1} (an answer) differently inside the "
             "conversation than at its end, so its tokens cannot be told from the rest; set data.loss_on: all, "
             "split the conversation so that this answer comes last, or give a data.template that marks "
-            "answers with {% generation %}"
+            "answers with {% generation %}",
         )
 
     def _start(self, text: str, before: str, head: Sequence[dict[str, Any]], asked: str) -> int:
@@ -296,7 +300,7 @@ def read_template(value: str) -> str:
         return Path(value).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise QtuneError(
-            f"data.template {value!r} is neither a template (no '{{' in it) nor a readable file: {error}"
+            "Q214", f"data.template {value!r} is neither a template (no '{{' in it) nor a readable file: {error}"
         ) from error
 
 

@@ -56,7 +56,7 @@ def split(parts: Sequence[Part], share: float, seed: int, name: str) -> list[Exa
     held = [example for example, _ in pairs if digest_of(example) not in learned]
     if not held:
         raise QtuneError(
-            f"{name} holds no two records that differ, so data.split = {share:g} can hold out none; legal: null"
+            "Q215", f"{name} holds no two records that differ, so data.split = {share:g} can hold out none; legal: null"
         )
     for part in parts:
         part.examples = [pair for pair in part.examples if digest_of(pair[0]) in learned]

@@ -127,8 +127,9 @@ class Encoder:
     def eos(self) -> int:
         if self.tokenizer.eos_token_id is None:
             raise QtuneError(
+                "Q219",
                 "the tokenizer has no EOS token, so the model could not learn to stop; "
-                "set eos_token in tokenizer_config.json of the model's folder"
+                "set eos_token in tokenizer_config.json of the model's folder",
             )
         return int(self.tokenizer.eos_token_id)
 
@@ -141,7 +142,8 @@ class Encoder:
             if outer[start : start + len(inner)] == inner:
                 return outer[:start]
         raise QtuneError(
-            f"the tokenizer encodes 'a' as {inner}, but with special tokens as {outer}: cannot tell its opening tokens"
+            "Q219",
+            f"the tokenizer encodes 'a' as {inner}, but with special tokens as {outer}: cannot tell its opening tokens",
         )
 
     # ---- texts

@@ -101,7 +101,9 @@ def load_sets(keys: DataKeys, tokenizer: Any, *, seed: int, screen: Screen | Non
         report = _held_report(name, parts, held, keys)
     train = drawn(parts, seed)
     if not train:
-        raise QtuneError(f"{name}: no example is left to train on beside the {len(held)} that data.split holds out")
+        raise QtuneError(
+            "Q215", f"{name}: no example is left to train on beside the {len(held)} that data.split holds out"
+        )
     made = _report(name, parts, train, encoder, keys, notes)
     return Sets(train, held, made if keys.eval is not None else replace(made, held_out=len(held)), report)
 
@@ -145,7 +147,7 @@ def read_records(source: str | Path | Source, keys: DataKeys | None = None) -> l
 
 def _encoder(tokenizer: Any, keys: DataKeys) -> Encoder:
     if keys.max_length < 2:
-        raise QtuneError(f"data.max_length is {keys.max_length}; legal: 2 or more")
+        raise QtuneError("Q102", f"data.max_length is {keys.max_length}; legal: 2 or more")
     if keys.too_long not in TOO_LONG:
         raise one_of("data.too_long", keys.too_long, TOO_LONG)
     return Encoder(tokenizer, loss_on=keys.loss_on, template=keys.template)
@@ -166,8 +168,9 @@ def _parts(given: Sources, tokenizer: Any, keys: DataKeys, screen: Screen) -> tu
     formats = {part.tokens.format for part in parts}
     if keys.system is not None and not formats & {*CONVERSATIONS, "alpaca"}:
         raise QtuneError(
+            "Q218",
             f"data.system is set, but {named(given)} holds {', '.join(sorted(formats))} records, which have no place "
-            f"for it; legal: null, or records of {', '.join((*CONVERSATIONS, 'alpaca'))}"
+            f"for it; legal: null, or records of {', '.join((*CONVERSATIONS, 'alpaca'))}",
         )
     _something_left(named(given), parts, keys)
     return parts, encoder, notes
@@ -181,7 +184,7 @@ def reading_of(source: Source, keys: DataKeys) -> Reading:
 
 def _no_records(origin: Origin) -> QtuneError:
     return QtuneError(
-        f"{origin.name} holds no records; legal are {LEGAL}, one object a line in .jsonl or in a list in .json"
+        "Q207", f"{origin.name} holds no records; legal are {LEGAL}, one object a line in .jsonl or in a list in .json"
     )
 
 
@@ -207,9 +210,10 @@ def _cut(part: Part, encoder: Encoder, keys: DataKeys, seen: set[bytes], *, whol
     if part.long:
         count, longest = part.truncated, part.longest
         raise QtuneError(
+            "Q216",
             f"{part.name}: {count:,} example{'s' * (count != 1)} longer than data.max_length = {limit:,}, and "
             f"data.too_long is refuse: {', '.join(part.long)}{', ...' * (count > SHOWN_LONG)}; legal: a "
-            f"data.max_length of {longest:,} or more, or data.too_long cut or drop"
+            f"data.max_length of {longest:,} or more, or data.too_long cut or drop",
         )
     tokens.ids, tokens.trained = [], []  # the examples have them
 
@@ -243,14 +247,17 @@ def _something_left(name: str, parts: Sequence[Part], keys: DataKeys) -> None:
     if left_out and not dropped:
         longest = max(part.longest for part in parts)
         raise QtuneError(
+            "Q216",
             f"{name}: all {left_out} records are longer than data.max_length = {keys.max_length}, and data.too_long is "
-            f"drop; the longest has {longest:,} tokens"
+            f"drop; the longest has {longest:,} tokens",
         )
     if not dropped:
-        raise QtuneError(f"{name}: no records to train on")
+        raise QtuneError("Q207", f"{name}: no records to train on")
     fix = f"the shortest prompt needs at least {min(needed)}" if needed else "no record has a token to learn"
     raise QtuneError(
-        f"{name}: all {dropped} records lost every trained token when cut at data.max_length = {keys.max_length}; {fix}"
+        "Q216",
+        f"{name}: all {dropped} records lost every trained token when cut at data.max_length = {keys.max_length}; "
+        f"{fix}",
     )
 
 

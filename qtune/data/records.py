@@ -57,7 +57,9 @@ class Faults:
         more = f"\n  ... and {self.count - SHOWN_FAULTS} more" if self.count > SHOWN_FAULTS else ""
         listed = "".join(f"\n  {fault}" for fault in self.first)
         plural = "s" * (self.count > 1)
-        return QtuneError(f"{self.name}: {self.count} bad record{plural}:{listed}{more}\n  legal records: {LEGAL}")
+        return QtuneError(
+            "Q206", f"{self.name}: {self.count} bad record{plural}:{listed}{more}\n  legal records: {LEGAL}"
+        )
 
 
 def text_of(value: dict[str, Any], key: str, *, empty: bool = False) -> str:

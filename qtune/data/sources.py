@@ -61,9 +61,8 @@ def open_source(name: str) -> Origin:
         return _folder(path)
     kind = _kind(path)
     if kind not in READERS:
-        raise one_of(
-            f"kind of data file: {path} ends in", kind, [*READERS, *(k + ZIPPED for k in READERS if k != PARQUET)]
-        )
+        legal = [*READERS, *(k + ZIPPED for k in READERS if k != PARQUET)]
+        raise one_of(f"kind of data file: {path} ends in", kind, legal, "Q202")
     with _told(path):
         size = path.stat().st_size
         path.open("rb").close()
@@ -88,9 +87,11 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise QtuneError(f"{path} is no whole gzip file ({error}); pack it anew, or give the file unpacked") from error
+        raise QtuneError(
+            "Q204", f"{path} is no whole gzip file ({error}); pack it anew, or give the file unpacked"
+        ) from error
     except OSError as error:
-        raise QtuneError(f"cannot read the data file {path}: {error.strerror or error}") from error
+        raise QtuneError("Q201", f"cannot read the data file {path}: {error.strerror or error}") from error
 
 
 # ---- lines and texts
@@ -112,7 +113,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
 
 def _not_utf16(path: Path, data: bytes) -> None:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise QtuneError(f"{path} is UTF-16 text (it begins with that byte-order mark); save it as UTF-8")
+        raise QtuneError("Q203", f"{path} is UTF-16 text (it begins with that byte-order mark); save it as UTF-8")
 
 
 def _decoded(data: bytes) -> str | Fault:
@@ -133,7 +134,9 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         byte = data[error.start]
-        raise QtuneError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8 text; save the file as UTF-8") from error
+        raise QtuneError(
+            "Q203", f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8 text; save the file as UTF-8"
+        ) from error
     return text.replace("\r\n", "\n") if "\r\n" in text else text
 
 
@@ -154,8 +157,9 @@ def _json_lines(path: Path) -> Iterator[Row]:
                 continue
             if not begun and line[0] == "[":
                 raise QtuneError(
+                    "Q205",
                     f"{path} begins with '[', as a JSON list does, but .jsonl holds one object a line; rename it to "
-                    ".json"
+                    ".json",
                 )
         begun = True
         yield Row(f"line {number}", parsed(line) if isinstance(line, str) else line, waiting)
@@ -201,12 +205,12 @@ def _no_list(path: Path, text: str) -> QtuneError:
     value = parsed(text)
     if not isinstance(value, Fault):
         return QtuneError(
-            f"{path} holds {found(value)}, but a .json file must hold a list of records; legal are {LEGAL}"
+            "Q205", f"{path} holds {found(value)}, but a .json file must hold a list of records; legal are {LEGAL}"
         )
     lines = [line for line in text.split("\n", 3) if line.strip()][:2]
     by_line = len(lines) > 1 and all(isinstance(parsed(line), dict) for line in lines)
     return QtuneError(
-        f"{path} is no JSON list: {value}{'; each line is JSON by itself: rename it to .jsonl' * by_line}"
+        "Q205", f"{path} is no JSON list: {value}{'; each line is JSON by itself: rename it to .jsonl' * by_line}"
     )
 
 
@@ -262,7 +266,7 @@ def _header(path: Path, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise QtuneError(f"{path}, line 1: the column {twice[0]!r} stands twice; legal: once")
+        raise QtuneError("Q208", f"{path}, line 1: the column {twice[0]!r} stands twice; legal: once")
     return names
 
 
@@ -282,7 +286,7 @@ def _parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(f"row {number}", pruned(value), int(number * each) - int((number - 1) * each))
     except pyarrow.ArrowException as error:
-        raise QtuneError(f"{path} is no readable Parquet file: {' '.join(str(error).split())[:200]}") from error
+        raise QtuneError("Q204", f"{path} is no readable Parquet file: {' '.join(str(error).split())[:200]}") from error
 
 
 def pruned(value: Any) -> Any:
@@ -293,7 +297,9 @@ def pruned(value: Any) -> Any:
 
 
 def _needs(package: str, why: str) -> QtuneError:
-    return QtuneError(f"{why}, and {package} is not installed; pip install 'qtune[data]', or pip install {package}")
+    return QtuneError(
+        "Q904", f"{why}, and {package} is not installed; pip install 'qtune[data]', or pip install {package}"
+    )
 
 
 # ---- folders and datasets
@@ -305,8 +311,9 @@ def _folder(path: Path) -> Origin:
     if not files:
         others = sorted({file.suffix or file.name for file in path.rglob("*") if file.is_file()})
         raise QtuneError(
+            "Q209",
             f"the folder {path} holds no text files; found {', '.join(others[:8]) or 'nothing'}; legal: a folder of "
-            f"{', '.join(TEXTS)} files, a dataset saved by `datasets`, or a list of files in data.train"
+            f"{', '.join(TEXTS)} files, a dataset saved by `datasets`, or a list of files in data.train",
         )
 
     def rows() -> Iterator[Row]:
@@ -335,21 +342,22 @@ def _from_disk(path: Path) -> Any:
     try:
         return library.load_from_disk(str(path))
     except Exception as error:  # whatever that library raises for a damaged folder
-        raise QtuneError(f"cannot read the saved dataset {path}: {_line(error)}") from error
+        raise QtuneError("Q210", f"cannot read the saved dataset {path}: {_line(error)}") from error
 
 
 def _from_hub(name: str) -> Any:
     owner, *parts = name[len(HUB) :].split(":")
     if not owner or len(parts) > 2 or not all(parts):
         raise QtuneError(
-            f"{name!r} is no dataset's name; legal: hf:owner/name, hf:owner/name:split, hf:owner/name:config:split"
+            "Q210",
+            f"{name!r} is no dataset's name; legal: hf:owner/name, hf:owner/name:split, hf:owner/name:config:split",
         )
     library = _datasets(f"{name} is a dataset of the hub")
     config, split = (parts[0] if len(parts) == 2 else None), (parts[-1] if parts else None)
     try:
         return library.load_dataset(owner, config, split=split)
     except Exception as error:  # no network, no such dataset, a damaged file: that library's own errors
-        raise QtuneError(f"cannot load the dataset {name}: {_line(error)}") from error
+        raise QtuneError("Q210", f"cannot load the dataset {name}: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
@@ -360,7 +368,8 @@ def _dataset(name: str, loaded: Any) -> Origin:
     """A dataset; of several splits the one called train."""
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) != 1:
-            raise QtuneError(f"{name} has the splits {', '.join(loaded)}; name one: hf:owner/name:split, or its folder")
+            several = f"{name} has the splits {', '.join(loaded)}"
+            raise QtuneError("Q210", f"{several}; name one: hf:owner/name:split, or its folder")
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     files = tuple(Path(entry["filename"]) for entry in loaded.cache_files)
     size = sum(file.stat().st_size for file in files)

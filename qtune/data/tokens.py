@@ -102,7 +102,7 @@ def _in_steps(advance: Callable[..., None]) -> Callable[[int], None]:
 
 def collect(records: Iterable[tuple[Record, int]], encoder: Encoder, name: str, moved: Callable[[int], None]) -> Tokens:
     """Records as tokens. Raises one QtuneError for all that cannot be encoded."""
-    made, ignored, faults, count = Tokens(), set[str](), list[str](), 0
+    made, ignored, faults, count = Tokens(), set[str](), list[QtuneError](), 0
     before = encoder.chat.shortened, encoder.chat.unled
     first, rest = _looked_at(records)
     if first is None:
@@ -118,13 +118,15 @@ def collect(records: Iterable[tuple[Record, int]], encoder: Encoder, name: str, 
         ignored.update(record.ignored)
         if isinstance(coded, QtuneError):
             count += 1
-            faults += [str(coded)] if count <= SHOWN_FAULTS else []
+            faults += [coded] if count <= SHOWN_FAULTS else []
         elif not count:
             made.add(record, _place_of(record, name), coded)
     if count:
         more = f"\n  ... and {count - SHOWN_FAULTS} more" if count > SHOWN_FAULTS else ""
-        listed = "\n  ".join(faults)
-        raise QtuneError(listed if count == 1 else f"{name}: {count} records cannot be used:\n  {listed}{more}")
+        listed = "\n  ".join(map(str, faults))
+        raise QtuneError(
+            faults[0].code, listed if count == 1 else f"{name}: {count} records cannot be used:\n  {listed}{more}"
+        )
     made.ignored = tuple(sorted(ignored))
     made.shortened, made.unled = encoder.chat.shortened - before[0], encoder.chat.unled - before[1]
     return made
@@ -185,7 +187,7 @@ def _hash(path: Path) -> str:
             while block := file.read(1 << 20):
                 found.update(block)
     except OSError as error:
-        raise QtuneError(f"cannot read the data file {path}: {error.strerror or error}") from error
+        raise QtuneError("Q201", f"cannot read the data file {path}: {error.strerror or error}") from error
     return found.hexdigest()
 
 
@@ -247,7 +249,7 @@ def _read(path: Path) -> Tokens:
         for block in (ids.data, bits, lengths.data, places, digests):
             total.update(block)
         if total.hexdigest() != info["checksum"]:
-            raise QtuneError("its checksum is another one")
+            raise QtuneError("Q220", "its checksum is another one")
         made = Tokens(info["format"], ignored=tuple(info["ignored"]))
         made.shortened, made.unled = int(info["shortened"]), int(info["unled"])
         made.places = places.decode().split("\n")
@@ -260,7 +262,7 @@ def _read(path: Path) -> Tokens:
             made.digests.append(digests[number * DIGEST : (number + 1) * DIGEST])
             at += length
     except (KeyError, ValueError, TypeError) as error:
-        raise QtuneError(f"{path.name} is not what was kept: {error!r}") from error
+        raise QtuneError("Q220", f"{path.name} is not what was kept: {error!r}") from error
     with suppress(OSError):
         os.utime(path)
     return made

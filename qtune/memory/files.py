@@ -72,7 +72,8 @@ class MappedFile:
             self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed with the object)
         except OSError as error:
             raise QtuneError(
-                f"cannot write {what} to {folder}: {error.strerror or error}; set memory.folder to a writable folder"
+                "Q901",
+                f"cannot write {what} to {folder}: {error.strerror or error}; set memory.folder to a writable folder",
             ) from error
         self._maps: dict[int, tuple[mmap.mmap, int, int]] = {}  # address of a tensor -> mapping, place and bytes there
         self._mapped: mmap.mmap | None = None  # the newest mapping, of which `_used` bytes are taken
@@ -131,18 +132,21 @@ class MappedFile:
     def _refused(self, nbytes: int, error: OSError) -> QtuneError:
         if error.errno == errno.EMFILE:
             return QtuneError(
+                "Q504",
                 f"no file descriptor is left for {self.what} in {self.folder}: this process has as many files open as "
-                "it may (ulimit -n); allow it more"
+                "it may (ulimit -n); allow it more",
             )
         if error.errno == errno.ENOMEM:
             return QtuneError(
+                "Q504",
                 f"the system maps no more of {self.what} ({error.strerror}): it allows a process too few mappings "
-                f"(vm.max_map_count; {len(self._maps):,} are in use here) or too little address space"
+                f"(vm.max_map_count; {len(self._maps):,} are in use here) or too little address space",
             )
         free = shutil.disk_usage(self.folder).free
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return QtuneError(f"cannot write {self.what} to {self.folder}: {error.strerror or error}")
+            return QtuneError("Q901", f"cannot write {self.what} to {self.folder}: {error.strerror or error}")
         return QtuneError(
+            "Q903",
             f"no room for {self.what} in {self.folder}: {size(nbytes)} more are needed, {size(free)} are free; set "
-            "memory.folder to a folder on a larger disk"
+            "memory.folder to a folder on a larger disk",
         )

@@ -75,8 +75,9 @@ def host_empty(
         except RuntimeError as error:
             kind = "page-locked host memory" if device.type == "cuda" else "host memory"
             raise QtuneError(
+                "Q503",
                 f"the system gave no {size(prod(shape) * dtype.itemsize)} of {kind} ({str(error).splitlines()[0]}); "
-                f"{instead}"
+                f"{instead}",
             ) from error
 
 

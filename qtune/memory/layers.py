@@ -191,8 +191,9 @@ def run_layers(model: nn.Module, weights: Weights | None = None) -> Layers:
     config: Any = model.config
     if shared := getattr(config.get_text_config(), "num_kv_shared_layers", 0):
         raise QtuneError(
+            "Q505",
             f"the last {shared} layers of {type(model).__name__} take keys and values of layers before them, which "
-            "cannot be run one by one; memory.weights and memory.boundaries must be device"
+            "cannot be run one by one; memory.weights and memory.boundaries must be device",
         )
     layers = Layers(decoder_layers(model)[1], weights or Resident())
     model.qtune_layers = layers  # type: ignore[assignment]

@@ -32,8 +32,9 @@ def table_on_host(model: Any, kind: str) -> str:
         return ""
     if not isinstance(table, nn.Embedding | QuantEmbedding):
         raise QtuneError(
+            "Q505",
             f"the input embedding of {type(model).__name__} is {type(table).__name__}, which cannot lie in host "
-            "memory; set memory.embeddings to device"
+            "memory; set memory.embeddings to device",
         )
     hosted: Any = table  # of another class below
     kept: Any = type(table)

@@ -47,7 +47,8 @@ def keep_apart(model: PreTrainedModel) -> None:
     if inner not in INNER or kinds:
         what = f"layers of {', '.join(sorted(kinds))}" if kinds else f"attention of the kind {inner!r}"
         raise QtuneError(
-            f"{type(model).__name__} has {what}, which cannot keep packed examples apart; set train.packing to false"
+            "Q703",
+            f"{type(model).__name__} has {what}, which cannot keep packed examples apart; set train.packing to false",
         )
     name = f"{NAME}_{inner}"
     AttentionInterface.register(name, partial(_apart, inner))

@@ -49,7 +49,8 @@ def _gguf_names(file: GGUF, model: PreTrainedModel, processor: Any) -> dict[str,
             names = get_gguf_hf_weights_map(model, processor)
     except NotImplementedError as error:
         raise QtuneError(
-            f"cannot load {file.path}: transformers has no tensor names for GGUF architecture {file.architecture!r}"
+            "Q303",
+            f"cannot load {file.path}: transformers has no tensor names for GGUF architecture {file.architecture!r}",
         ) from error
     return names
 

@@ -29,8 +29,9 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     sizes = {name: _packed(module) for name, module in lists.items()}
     if not lists or not max(sizes.values()):
         raise QtuneError(
+            "Q707",
             f"{type(model).__name__} keeps its layers in no list, so that no text can be run through them one by one; "
-            "take a start without data and calibrate.codes nearest"
+            "take a start without data and calibrate.codes nearest",
         )
     name = max(sizes, key=lambda n: (sizes[n], -len(n)))
     return name, lists[name]
@@ -158,7 +159,7 @@ class Grams:
         """Mean of x x^T [in, in] fp32 over the inputs of `site`. QtuneError where no token reached it."""
         leader = self.leader.get(site)
         if leader is None or not self.tokens[leader]:
-            raise QtuneError(f"{site}: no token of the calibration text reached this layer; give more text")
+            raise QtuneError("Q221", f"{site}: no token of the calibration text reached this layer; give more text")
         if self.tokens[leader] > 0:
             self.sums[leader] /= self.tokens[leader]
             self.tokens[leader] = -1  # a mean by now
@@ -171,8 +172,9 @@ def windows_of(streams: Sequence[Sequence[int]], samples: int, length: int) -> T
     count = len(joined) // length
     if count == 0:
         raise QtuneError(
+            "Q221",
             f"the calibration text has {len(joined)} tokens, less than one window of calibrate.length = {length}; "
-            "give more text or a smaller calibrate.length"
+            "give more text or a smaller calibrate.length",
         )
     every = joined[: count * length].view(count, length)
     return every[torch.linspace(0, count - 1, min(samples, count)).round().long()]

@@ -90,7 +90,7 @@ def load(
     ties = ties_of(skeleton, found)
     faults = names.check(found, skeleton, ties) + _scheme_faults(found, scheme, embeddings)
     if faults:
-        raise faults_error(f"cannot load {source.name}", faults)
+        raise faults_error("Q305", f"cannot load {source.name}", faults)
     scheme = scheme or found.stored
     embeddings = embeddings or found.stored_embeddings
     assert scheme is not None
@@ -218,7 +218,7 @@ class Fill:
         if progress is not None:
             progress("", len(pieces), len(pieces))
         if faults:
-            raise faults_error(f"cannot load {name}", faults)
+            raise faults_error("Q305", f"cannot load {name}", faults)
 
     def filled(self, piece: Piece) -> None:
         """All tensors of a piece are there; a decoder layer that is whole may be put aside."""
@@ -283,7 +283,7 @@ class Fill:
         module = self.model.get_submodule(path)
         old = getattr(module, leaf)
         if tuple(old.shape) != shape:
-            raise QtuneError(f"{target} is {shape}, expected {tuple(old.shape)}")
+            raise QtuneError("Q305", f"{target} is {shape}, expected {tuple(old.shape)}")
         new = torch.empty(shape, dtype=self.dtypes[target], device=self.device)
         at = 0
         for block in blocks:
@@ -309,7 +309,7 @@ def finish(model: PreTrainedModel, ties: dict[str, str], device: torch.device) -
     tie(model, ties, device)
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
-        raise QtuneError(f"nothing filled {', '.join(left)}")
+        raise QtuneError("Q305", f"nothing filled {', '.join(left)}")
     model.requires_grad_(False).eval()
 
 
@@ -366,7 +366,9 @@ def load_tokenizer(model: str | Path) -> Any:
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), gguf_file=path.name)
         return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise QtuneError(f"cannot read a tokenizer from {model}: {' '.join(str(error).split())[:300]}") from error
+        raise QtuneError(
+            "Q308", f"cannot read a tokenizer from {model}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def packed_sites(model: nn.Module) -> dict[str, QuantLinear]:

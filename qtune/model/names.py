@@ -266,14 +266,13 @@ def _bnb_piece(files: Safetensors, weight: str) -> tuple[Scheme, tuple[int, ...]
         expected = scheme.layout(shape)[part]
         stored = files.entries.get(weight + suffix)
         if stored is None:
-            raise QtuneError(f"{weight}{suffix} is missing")
+            raise QtuneError("Q306", f"{weight}{suffix} is missing")
         if (
             torch.Size(stored.shape).numel() * stored.dtype.itemsize
             != torch.Size(expected[1]).numel() * expected[0].itemsize
         ):
-            raise QtuneError(
-                f"{weight}{suffix} is {tuple(stored.shape)}, a weight of {shape} packed as {scheme} has {expected[1]}"
-            )
+            given = f"{weight}{suffix} is {tuple(stored.shape)}"
+            raise QtuneError("Q306", f"{given}, a weight of {shape} packed as {scheme} has {expected[1]}")
     return scheme, shape, lambda: bnb.to_parts(weight, {s: files.read(weight + s) for s in names}, scheme, offset)
 
 

@@ -47,11 +47,11 @@ def save_quantized(model: PreTrainedModel, tokenizer: Any, out: str | Path, *, s
     """
     origin = getattr(model, "qtune", None)
     if not isinstance(origin, Origin):
-        raise QtuneError("only a model that qtune.model.load returned can be saved packed")
+        raise QtuneError("Q802", "only a model that qtune.model.load returned can be saved packed")
     folder = Path(out)
     if present := sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".gguf")):
         raise QtuneError(
-            f"{folder} already holds a checkpoint ({', '.join(present[:5])}); give another folder or remove it"
+            "Q801", f"{folder} already holds a checkpoint ({', '.join(present[:5])}); give another folder or remove it"
         )
     plain, packed = _sites(model)
     routed = any(isinstance(m, QuantLinear) and m.routed for m in model.modules())
@@ -72,7 +72,8 @@ def _sites(model: nn.Module) -> tuple[list[str], list[str]]:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
     if moved := [n for n, m in layers.items() if isinstance(m, QuantLinear) and m.name != n]:
         raise QtuneError(
-            f"adapters are attached ({', '.join(moved[:3])} ...): merge or remove them before saving the packed model"
+            "Q405",
+            f"adapters are attached ({', '.join(moved[:3])} ...): merge or remove them before saving the packed model",
         )
     plain = [n for n, m in layers.items() if not isinstance(m, QuantLinear) or isinstance(m.scheme, Dense)]
     return plain, [n for n in layers if n not in plain]

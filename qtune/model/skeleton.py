@@ -104,8 +104,9 @@ def compute_buffers(model: PreTrainedModel) -> None:
     missed = [full for full, (module, name, value) in poisoned.items() if _poisoned(module._buffers[name], value)]
     if missed:
         raise QtuneError(
+            "Q303",
             f"transformers {transformers.__version__} does not initialise these buffers of "
-            f"{type(model).__name__}: {', '.join(missed)}"
+            f"{type(model).__name__}: {', '.join(missed)}",
         )
 
 
@@ -180,7 +181,7 @@ def _replace_head(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype) ->
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise QtuneError(
-            f"the output head of {type(model).__name__} is {type(head).__name__}; only nn.Linear can be packed"
+            "Q312", f"the output head of {type(model).__name__} is {type(head).__name__}; only nn.Linear can be packed"
         )
     name = _name_of(model, head)
     model.set_submodule(name, _linear(name, head, scheme, dtype))
@@ -192,12 +193,14 @@ def _replace_embeddings(model: PreTrainedModel, scheme: Scheme, dtype: torch.dty
     scaled = type(table).__name__.endswith("ScaledWordEmbedding") and isinstance(scale, int | float)
     if not isinstance(table, nn.Embedding) or not (type(table) is nn.Embedding or scaled):
         raise QtuneError(
+            "Q312",
             f"the input embedding of {type(model).__name__} is {type(table).__name__}, which cannot be packed: "
-            "its forward pass is its own; leave embeddings unset"
+            "its forward pass is its own; leave embeddings unset",
         )
     if table.max_norm is not None:
         raise QtuneError(
-            f"the input embedding of {type(model).__name__} renormalises its rows (max_norm), so it cannot be packed"
+            "Q312",
+            f"the input embedding of {type(model).__name__} renormalises its rows (max_norm), so it cannot be packed",
         )
     name = _name_of(model, table)
     packed = QuantEmbedding(

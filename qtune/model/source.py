@@ -62,8 +62,9 @@ def open_source(model: str | Path) -> Source:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise QtuneError(
+                "Q302",
                 f"{path} is a file, but no .gguf; "
-                "give a folder with config.json and safetensors files, a .gguf file or a hub id"
+                "give a folder with config.json and safetensors files, a .gguf file or a hub id",
             )
         return read_gguf(path)
     if path.is_dir():
@@ -80,14 +81,15 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if not looks_like_hub_id(model):
-        raise QtuneError(f"there is no file or folder {model!r}, and it is no hub id (owner/name)")
+        raise QtuneError("Q301", f"there is no file or folder {model!r}, and it is no hub id (owner/name)")
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT))
     except Exception as error:  # the hub client raises dozens of types, of three libraries
         reason = " ".join(str(error).split())[:300]
         raise QtuneError(
+            "Q301",
             f"there is no folder {model!r} here, and the hub id {model!r} could not be fetched "
-            f"nor found in the local cache: {type(error).__name__}: {reason}"
+            f"nor found in the local cache: {type(error).__name__}: {reason}",
         ) from error
 
 
@@ -98,7 +100,7 @@ def read_folder(folder: Path, name: str, *, weights: bool = True) -> Source:
     stem, faults = _weights(folder, packed) if weights else ("", [])
     faults += _config_faults(config, packed)
     if faults:
-        raise faults_error(f"cannot load {name}", faults)
+        raise faults_error("Q305", f"cannot load {name}", faults)
     known = _known_config(folder, name)
     notes = []
     if config.get("auto_map"):
@@ -116,7 +118,7 @@ def _known_config(folder: Path, name: str) -> Any:
     except Exception as error:  # what a value of the wrong kind raises differs from class to class
         reason = " ".join(str(error).split())[:300]
         raise QtuneError(
-            f"cannot load {name}: transformers {transformers.__version__} refuses its config.json: {reason}"
+            "Q303", f"cannot load {name}: transformers {transformers.__version__} refuses its config.json: {reason}"
         ) from error
 
 
@@ -124,11 +126,11 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise QtuneError(f"{path.parent} has no {path.name}, so it is no checkpoint folder") from error
+        raise QtuneError("Q302", f"{path.parent} has no {path.name}, so it is no checkpoint folder") from error
     except (OSError, ValueError) as error:
-        raise QtuneError(f"cannot read {path}: {error}") from error
+        raise QtuneError("Q302", f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
-        raise QtuneError(f"{path} holds no JSON object")
+        raise QtuneError("Q302", f"{path} holds no JSON object")
     return value
 
 
@@ -184,8 +186,9 @@ def read_gguf(path: Path) -> Source:
             config = transformers.AutoConfig.from_pretrained(folder, gguf_file="header.gguf", trust_remote_code=False)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise QtuneError(
+                "Q303",
                 f"cannot load {path}: transformers {transformers.__version__} cannot read "
-                f"GGUF architecture {file.architecture!r} ({error})"
+                f"GGUF architecture {file.architecture!r} ({error})",
             ) from error
     if (
         "token_embd.weight" in file.tensors
@@ -195,7 +198,8 @@ def read_gguf(path: Path) -> Source:
         del config.quantization_config
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise QtuneError(
-            f"cannot load {path}: architecture {file.architecture!r} has no causal language model in transformers"
+            "Q303",
+            f"cannot load {path}: architecture {file.architecture!r} has no causal language model in transformers",
         )
     return Source(str(path), path, "gguf", config, gguf=file)
 

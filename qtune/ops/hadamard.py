@@ -128,7 +128,9 @@ def hadamard_matrix(order: int) -> Tensor:
     QtuneError where none of that order is built."""
     found = _matrix(order)
     if found is None:
-        raise QtuneError(f"no Hadamard matrix of order {order} is built; they have order 1, 2 or 4k, at most 1024")
+        raise QtuneError(
+            "Q603", f"no Hadamard matrix of order {order} is built; they have order 1, 2 or 4k, at most 1024"
+        )
     return found
 
 
@@ -156,7 +158,7 @@ def factor(n: int) -> tuple[int, int]:
     if found is None:
         near = [next((s for s in way if _split(s)), None) for way in (range(n - 1, 0, -1), range(n + 1, LARGEST + 1))]
         sizes = " and ".join(str(s) for s in near if s is not None) if n > 0 and n <= LARGEST else f"1 to {LARGEST}"
-        raise QtuneError(f"no Hadamard transform of size {n}; the nearest sizes that work: {sizes}")
+        raise QtuneError("Q603", f"no Hadamard transform of size {n}; the nearest sizes that work: {sizes}")
     return found
 
 
@@ -171,7 +173,9 @@ def hadamard_kronecker(x: Tensor, base: Tensor, scale: float, transpose: bool) -
     n, order = x.shape[-1], base.shape[0]
     inner = n // order if order else 0
     if base.dim() != 2 or base.shape[1] != order or n < 1 or inner * order != n or inner & (inner - 1):
-        raise QtuneError(f"a base of shape {list(base.shape)} gives no transform of size {n}: wanted [K, K], n = K 2^m")
+        raise QtuneError(
+            "Q603", f"a base of shape {list(base.shape)} gives no transform of size {n}: wanted [K, K], n = K 2^m"
+        )
     wide = torch.float64 if is_fp64(x) else torch.float32
     factors = [(base.t() if transpose else base).to(wide)]
     while inner > 1:

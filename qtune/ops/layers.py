@@ -221,7 +221,7 @@ def fused_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
     dim] either way. Where cos is wider than q, q is widened, as torch's product would. Raises QtuneError for another
     unsqueeze_dim."""
     if unsqueeze_dim not in (1, 2):
-        raise QtuneError(f"rotary positions: unsqueeze_dim {unsqueeze_dim}; legal: 1, 2")
+        raise QtuneError("Q603", f"rotary positions: unsqueeze_dim {unsqueeze_dim}; legal: 1, 2")
     wider = torch.promote_types(q.dtype, cos.dtype)
     q, k, cos, sin = (t if t.dtype == wider else t.to(wider) for t in (q, k, cos, sin))
     if unsqueeze_dim == 2:

@@ -31,7 +31,9 @@ def cross_entropy_(
     """
     rows, vocab = logits.shape
     if labels.device.type == "cpu" and rows and (int(labels.min()) < 0 or int(labels.max()) >= vocab):
-        raise QtuneError(f"cross entropy: labels {int(labels.min())} to {int(labels.max())}; legal: 0 to {vocab - 1}")
+        raise QtuneError(
+            "Q222", f"cross entropy: labels {int(labels.min())} to {int(labels.max())}; legal: 0 to {vocab - 1}"
+        )
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     losses = torch.empty(rows, dtype=wide, device=logits.device)
     step = max(1, CHUNK // max(1, vocab))

@@ -46,7 +46,7 @@ def _check(rows: Tensor, cols: Tensor, out_features: int, in_features: int, **na
         if least < 0 or most >= in_features:
             faults.append(f"columns {least} to {most}; wanted 0 to {in_features - 1}")
     if faults:
-        raise QtuneError(f"sparse product: {'; '.join(faults)}")
+        raise QtuneError("Q603", f"sparse product: {'; '.join(faults)}")
 
 
 def _dense(rows: Tensor, columns: Tensor, values: Tensor, first: int, last: int, in_features: int) -> Tensor:
@@ -116,7 +116,9 @@ def sampled_product(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor
     _check(rows, cols, out_features, in_features, dy=(dy, out_features), x=(x, in_features))
     tokens, wide, column = x.shape[:-1].numel(), _wide(dy, x), columns(cols)
     if dy.shape[:-1] != x.shape[:-1] or dy.dtype != x.dtype:
-        raise QtuneError(f"dy {dy.dtype} {list(dy.shape)} and x {x.dtype} {list(x.shape)} differ in dtype or tokens")
+        raise QtuneError(
+            "Q603", f"dy {dy.dtype} {list(dy.shape)} and x {x.dtype} {list(x.shape)} differ in dtype or tokens"
+        )
     left, right = dy.reshape(tokens, out_features), x.reshape(tokens, in_features)
     result = torch.zeros(cols.shape, dtype=wide, device=x.device)
     for start, end in _spans(tokens, max(in_features, out_features)):

@@ -54,8 +54,9 @@ class Early(Optimizer):
         bucket = self.home[parameter]
         if id(parameter) in self.done:
             raise QtuneError(
+                "Q708",
                 f"the gradient of {self.names[parameter]} came in parts, with those of other layers between them; "
-                "set train.update_in_backward to false"
+                "set train.update_in_backward to false",
             )
         if bucket is self.buckets.get(""):
             return

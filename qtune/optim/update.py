@@ -270,7 +270,8 @@ class Optimizer:
         faults += [f"{name} is of no trained parameter" for name in saved if name.rpartition("/")[0] not in known]
         if faults:
             raise QtuneError(
-                f"the optimizer's states do not fit: {'; '.join(faults[:SHOWN])}{' ...' * (len(faults) > SHOWN)}"
+                "Q409",
+                f"the optimizer's states do not fit: {'; '.join(faults[:SHOWN])}{' ...' * (len(faults) > SHOWN)}",
             )
 
     def state_bytes(self) -> int:

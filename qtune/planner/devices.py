@@ -225,14 +225,14 @@ def find_device(name: str) -> Device:
             hits = [device for device in devices.values() if short in names(device)]
             if len(hits) > 1:
                 several = " or ".join(repr(device.key) for device in hits)
-                raise QtuneError(f"device {given!r} is a name of several; say which: {several}")
+                raise QtuneError("Q601", f"device {given!r} is a name of several; say which: {several}")
             if hits:
                 return hits[0]
     if re.fullmatch(r"[-+]?[\d.]+\s*(?:(?:[kmgt]i?)?b\w*|[kmg])", given, re.IGNORECASE):  # 24GB, also 24gbs and 24g
         return _any_gpu(given)
     error = one_of("device", given, devices)
     raise QtuneError(
-        f"{error}; or cpu, cuda, cuda:N for this machine's, or a size of memory with its unit, such as 24GB"
+        "Q601", f"{error}; or cpu, cuda, cuda:N for this machine's, or a size of memory with its unit, such as 24GB"
     )
 
 
@@ -261,7 +261,9 @@ def _cpu() -> Device:
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError) as error:
-        raise QtuneError("device 'cpu': this system does not tell its memory; give a size, such as 32GB") from error
+        raise QtuneError(
+            "Q601", "device 'cpu': this system does not tell its memory; give a size, such as 32GB"
+        ) from error
     return Device("cpu", _cpu_name(), "cpu", (0, 0), memory, 0.0, {}, 0.0, 0, 0, "this machine", "a CPU has none")
 
 
@@ -278,7 +280,9 @@ def _here(index: int) -> Device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= count:
         has = f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU that torch can use"
-        raise QtuneError(f"device 'cuda:{index}': this machine has {has}; name the card to plan for, such as rtx4090")
+        raise QtuneError(
+            "Q601", f"device 'cuda:{index}': this machine has {has}; name the card to plan for, such as rtx4090"
+        )
     seen = torch.cuda.get_device_properties(index)
     memory, source = int(seen.total_memory), f"this machine's cuda:{index}"
     named = [device for device in catalogue().values() if device.name == seen.name]

@@ -252,8 +252,10 @@ def refuse_beyond(
     found = fit(request, screen)
     start = f"the plan's peak is {size(peak(plan))} on {device.name}, beyond the budget of {size(budget)}"
     if found.missing:
-        raise QtuneError(f"{start}; none of the changes that --fit makes is enough: {size(found.missing)} are missing")
+        raise QtuneError(
+            "Q502", f"{start}; none of the changes that --fit makes is enough: {size(found.missing)} are missing"
+        )
     by = max(plan.phases, key=lambda phase: phase.device if phase.name != "merge" else 0, default=None)
     if not found.change:
-        raise QtuneError(f"{start}; it is reached in: {by.name if by else 'training'}")
-    raise QtuneError(f"{start}; this fits, with {size(peak(found.plan))}: {' '.join(shown(found.change))}")
+        raise QtuneError("Q502", f"{start}; it is reached in: {by.name if by else 'training'}")
+    raise QtuneError("Q502", f"{start}; this fits, with {size(peak(found.plan))}: {' '.join(shown(found.change))}")

@@ -91,13 +91,13 @@ def hf_settings(recipe: Recipe, rows: int, length: int) -> HFSettings:
     """What a user would set up in the stock stack for a recipe. Raises QtuneError where it has no such thing."""
     scheme = {"nf4": "nf4", "fp4": "nf4", "int8": "int8", "dense": recipe.dtype}.get(recipe.scheme.name)
     if scheme is None:
-        raise QtuneError(one_of("scheme of --stack hf", stored_as(recipe), ("nf4", "fp4", "int8", "dense")))
+        raise one_of("scheme of --stack hf", stored_as(recipe), ("nf4", "fp4", "int8", "dense"), "Q508")
     if scheme == "nf4" and recipe.scheme.to_dict()["double"]:
         scheme = "nf4-double"
     if recipe.adapter.method != "lora":
-        raise QtuneError(one_of("adapter.method of --stack hf", recipe.adapter.method, ("lora",)))
+        raise one_of("adapter.method of --stack hf", recipe.adapter.method, ("lora",), "Q508")
     if recipe.calibrate.codes != "nearest":
-        raise one_of("calibrate.codes of --stack hf", recipe.calibrate.codes, ("nearest",))
+        raise one_of("calibrate.codes of --stack hf", recipe.calibrate.codes, ("nearest",), "Q508")
     spec = recipe.adapter.to_dict()
     return HFSettings(
         scheme=scheme, rank=spec["rank"], targets=tuple(spec["targets"]), rows=rows, length=length,
@@ -155,7 +155,7 @@ def _adapt(model: Any, settings: HFSettings) -> None:
             model.set_submodule(name, adapted)
             found = True
     if not found:
-        raise QtuneError(f"adapter.targets {', '.join(settings.targets)} match no linear layer")
+        raise QtuneError("Q109", f"adapter.targets {', '.join(settings.targets)} match no linear layer")
 
 
 # ---- what CUDA does otherwise than meta

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import QtuneError, one_of
+from ..errors import one_of
 
 BLOCK, SMALL, PAGED = 256, 4096, 100_000  # values a scale; fewest with 8-bit, with paged states
 
@@ -35,7 +35,7 @@ def optimizer_of(parameters: Sequence[nn.Parameter], name: str, masters: bool) -
         return EightBit(parameters, name.startswith("paged"))
     if name == "none":
         return EightBit((), False)
-    raise QtuneError(one_of("optimizer", name, ("adamw", "adamw8bit", "paged-adamw8bit", "none")))
+    raise one_of("optimizer", name, ("adamw", "adamw8bit", "paged-adamw8bit", "none"), "Q508")
 
 
 class _Torch:

@@ -87,8 +87,9 @@ def measure(recipe: Recipe, device: Device, shape: Shape | None, screen: Screen)
     plan = plan_recipe(recipe, device, shape=shape)
     if plan.process > min(device.memory, free_memory(device)):
         raise QtuneError(
+            "Q509",
             f"the plan is {size(plan.process)}, and {plan.device.name} has {size(free_memory(device))} free: "
-            "it was not run. Make the recipe smaller (`--fit` says how), or plan without measuring"
+            "it was not run. Make the recipe smaller (`--fit` says how), or plan without measuring",
         )
     screen.line(f"measuring {STEPS} steps of {plan.shape.rows} x {plan.shape.length} tokens in a process of its own")
     answer = _run(plan)
@@ -114,10 +115,10 @@ def process_of(plan: Plan) -> int:
 
 def _here(device: Device) -> None:
     if device.kind == "cuda" and not torch.cuda.is_available():
-        raise QtuneError(f"{device.name} is not in this machine, so nothing can be measured; legal: cpu")
+        raise QtuneError("Q601", f"{device.name} is not in this machine, so nothing can be measured; legal: cpu")
     if device.kind == "cuda" and torch.cuda.get_device_name() != device.name:
         raise QtuneError(
-            f"{device.name} is not in this machine, which has {torch.cuda.get_device_name()}; legal: cuda, cpu"
+            "Q601", f"{device.name} is not in this machine, which has {torch.cuda.get_device_name()}; legal: cuda, cpu"
         )
 
 
@@ -144,9 +145,9 @@ def _run(plan: Plan) -> dict[str, Any]:
         answer = json.loads(done.stdout.splitlines()[-1])
         if "fault" not in answer:
             return dict(answer)
-        raise QtuneError(f"the measured run failed: {answer['fault']}")
+        raise QtuneError("Q509", f"the measured run failed: {answer['fault']}")
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    raise QtuneError(f"the measured run failed: {last}")
+    raise QtuneError("Q509", f"the measured run failed: {last}")
 
 
 # ---- in the child
@@ -192,7 +193,7 @@ def started(recipe: Recipe, device: torch.device) -> tuple[Any, str]:
         return model, weights
     if source is None:
         raise QtuneError(
-            f"method {recipe.adapter.method} starts from the weights of {recipe.model}, which are not here"
+            "Q509", f"method {recipe.adapter.method} starts from the weights of {recipe.model}, which are not here"
         )
     vocabulary = find_model(recipe.model).config.get_text_config().vocab_size
     made = start(
@@ -293,7 +294,7 @@ def _profiled(model: Any, recipe: Recipe, batches: Sequence[Any]) -> int:
     thread.start()
     thread.join()
     if not changes:
-        raise QtuneError("torch.profiler told nothing of the allocator's events")
+        raise QtuneError("Q509", "torch.profiler told nothing of the allocator's events")
     for _, nbytes in sorted(changes, key=lambda change: change[0]):
         live += nbytes
         peak = max(peak, live)

@@ -43,7 +43,7 @@ def find_model(name: str) -> Model:
     path = Path(os.path.expanduser(name))  # unlike pathlib's, never an error
     if os.path.isfile(path):
         if path.suffix.lower() != ".gguf":
-            raise QtuneError(f"{path} is a file, but no .gguf; legal: {ALSO_LEGAL}, or {_listed()}")
+            raise QtuneError("Q302", f"{path} is a file, but no .gguf; legal: {ALSO_LEGAL}, or {_listed()}")
         return Model(name, read_gguf(path).config, str(path))
     if name and os.path.isdir(path) and ((path / "config.json").is_file() or name.lower() not in _entries()):
         return Model(name, read_folder(path, name, weights=False).config, str(path))
@@ -51,7 +51,7 @@ def find_model(name: str) -> Model:
         return _from_catalogue(*found)
     if looks_like_hub_id(name):
         return Model(name, read_folder(_fetched(name), name, weights=False).config, f"hub id {name} (config.json only)")
-    raise QtuneError(f"{one_of('model', name, known_models())}; also legal: {ALSO_LEGAL}")
+    raise QtuneError("Q301", f"{one_of('model', name, known_models())}; also legal: {ALSO_LEGAL}")
 
 
 def known_models() -> list[str]:
@@ -115,8 +115,9 @@ def _fetched(name: str) -> Path:
         close = difflib.get_close_matches(name.lower().partition("/")[2], known_models(), n=1)
         hint = f"did you mean {close[0]!r} of the catalogue? " if close else ""
         raise QtuneError(
+            "Q301",
             f"there is no folder {name!r} here, and config.json of the hub id {name!r} could not be fetched nor "
-            f"found in the local cache: {type(error).__name__}: {reason}; {hint}legal: {ALSO_LEGAL}, or {_listed()}"
+            f"found in the local cache: {type(error).__name__}: {reason}; {hint}legal: {ALSO_LEGAL}, or {_listed()}",
         ) from error
 
 

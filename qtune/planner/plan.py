@@ -215,8 +215,9 @@ def check_shape(shape: Shape, model: Model) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and shape.longest > positions:
         raise QtuneError(
+            "Q507",
             f"data.max_length is {shape.longest:,}, beyond the {positions:,} positions of {model.name}; "
-            f"legal: 2 to {positions:,}"
+            f"legal: 2 to {positions:,}",
         )
 
 
@@ -255,10 +256,10 @@ def refused_by_name(model: Model) -> Iterator[None]:
     try:
         yield
     except Untraceable as error:
-        raise QtuneError(f"{kind} cannot be planned: it {error}") from error
+        raise QtuneError("Q506", f"{kind} cannot be planned: it {error}") from error
     except (NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise QtuneError(f"{kind} cannot be planned: {reason}") from error
+        raise QtuneError("Q506", f"{kind} cannot be planned: {reason}") from error
 
 
 def planned(
@@ -356,7 +357,9 @@ def plan_stack(
     model = model or find_model(recipe.model)
     shape = shape or shapes_of(recipe)[0]
     if shape.lengths:
-        raise QtuneError("train.packing is true, and other stacks are planned with padded micro-batches; legal: false")
+        raise QtuneError(
+            "Q508", "train.packing is true, and other stacks are planned with padded micro-batches; legal: false"
+        )
     check_shape(shape, model)
     settings = replace(hf_settings(recipe, shape.rows, shape.length), release=release)
     with refused_by_name(model):

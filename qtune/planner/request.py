@@ -175,7 +175,7 @@ def with_phases(plan: Plan) -> Plan:
 
 def read_request(args: argparse.Namespace) -> Request:
     """The request that the command's arguments make. Raises one QtuneError with every fault."""
-    faults: list[str] = []
+    faults: list[str | QtuneError] = []
     notes: list[str] = []
     pairs = [*([args.recipe] if _is_change(args.recipe) else []), *args.overrides]
     source = None if _is_change(args.recipe) else args.recipe
@@ -192,8 +192,11 @@ def read_request(args: argparse.Namespace) -> Request:
     if recipe is not None and model is not None and (args.seq is not None or recipe.data.train is None):
         for shape in shapes_of(recipe):
             _tried(partial(_check, shape, model), faults)
+    if len(faults) == 1 and isinstance(faults[0], QtuneError):
+        raise faults[0]
     if faults or recipe is None or model is None or device is None:
-        raise QtuneError(faults[0] if len(faults) == 1 else "\n  ".join((f"there are {len(faults)} faults:", *faults)))
+        told = map(str, faults if len(faults) == 1 else (f"there are {len(faults)} faults:", *faults))
+        raise QtuneError("Q105", "\n  ".join(told))
     if limit and limit > device.memory:
         notes.append(f"the budget of {size(limit)} is beyond the {size(device.memory)} of {device.name}")
     lengths = None if args.seq is not None else _lengths(recipe, model, notes)
@@ -203,12 +206,12 @@ def read_request(args: argparse.Namespace) -> Request:
     )  # fmt: skip
 
 
-def _tried(make: Callable[[], T], faults: list[str]) -> T | None:
+def _tried(make: Callable[[], T], faults: list[str | QtuneError]) -> T | None:
     try:
         return make()
     except QtuneError as error:
         if str(error):
-            faults.append(str(error))
+            faults.append(error)
         return None
 
 
@@ -216,8 +219,9 @@ def _check(shape: Shape, model: Model) -> None:
     check_shape(shape, model)
     if shape.rows * shape.length > MOST_TOKENS:
         raise QtuneError(
+            "Q507",
             f"a micro-batch of {shape.rows:,} x {shape.length:,} tokens is more than can be planned; "
-            f"legal: up to {MOST_TOKENS:,} tokens"
+            f"legal: up to {MOST_TOKENS:,} tokens",
         )
 
 
@@ -229,10 +233,10 @@ def _is_change(text: str | None) -> bool:
 # ---- recipe
 
 
-def _recipe(args: argparse.Namespace, source: str | None, pairs: list[str], faults: list[str]) -> Recipe:
+def _recipe(args: argparse.Namespace, source: str | None, pairs: list[str], faults: list[str | QtuneError]) -> Recipe:
     both = "one of RECIPE and --model is needed: a recipe's file, or a model's name such as llama-3.1-8b"
     if (source is None) == (args.model is None):
-        raise QtuneError(both if source is None else f"{both}; given: {source} and --model {args.model}")
+        raise QtuneError("Q103", both if source is None else f"{both}; given: {source} and --model {args.model}")
     for name, low in LOW.items():
         if (value := getattr(args, name)) is not None and value < low:
             faults.append(f"--{name} is {value}; legal: {low} or more")
@@ -284,12 +288,12 @@ def _device(given: str | None, recipe: Recipe | None, notes: list[str]) -> Devic
 def _limit(args: argparse.Namespace, recipe: Recipe | None) -> int | None:
     """Bytes that are allowed; None: the device's memory."""
     if args.fit and args.budget:
-        raise QtuneError(f"--fit {args.fit} and --budget {args.budget} both say the limit; legal: one of them")
+        raise QtuneError("Q103", f"--fit {args.fit} and --budget {args.budget} both say the limit; legal: one of them")
     for name in ("fit", "budget"):
         if text := getattr(args, name):
             return parse_size(text, f"--{name}")
     if args.budget == "":
-        raise QtuneError("--budget is empty; legal: a size such as 24GB")
+        raise QtuneError("Q102", "--budget is empty; legal: a size such as 24GB")
     budget = getattr(recipe, "budget", None)
     return parse_size(budget, "budget") if budget else None
 

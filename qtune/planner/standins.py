@@ -136,7 +136,7 @@ def answers(
         if op == "aten::native_layer_norm":  # on a CPU its mean and deviation have the weight's dtype
             return _layer_norm(*args[:3]) if cpu and args[2] is not None else NotImplemented
         if op == "aten::nonzero":
-            raise Untraceable("asks where values are not zero")
+            raise Untraceable("Q506", "asks where values are not zero")
         return None  # torch's fused AdamW writes in place
 
     return answer
@@ -166,7 +166,7 @@ def _value(scalar: Tensor, made_by: str, trained: int, padded: bool) -> Any:
         return not padded  # transformers asks whether a mask is all ones
     if scalar.dtype == torch.int64 and made_by == "aten::sum":
         return trained
-    raise Untraceable(f"asks for a value that {made_by or 'an op'} computes")
+    raise Untraceable("Q506", f"asks for a value that {made_by or 'an op'} computes")
 
 
 ASKED = (

@@ -55,18 +55,18 @@ def check_file(name: str) -> Path:
     """The path of a picture that can be written. Raises QtuneError before anything is computed."""
     path = Path(name).expanduser()
     if path.is_dir():
-        raise QtuneError(f"--sweep {path} is a folder; legal: a file that ends in {', '.join(SUFFIXES)}")
+        raise QtuneError("Q102", f"--sweep {path} is a folder; legal: a file that ends in {', '.join(SUFFIXES)}")
     if path.suffix.lower() not in SUFFIXES:
         raise one_of("suffix of --sweep", path.suffix or path.name, SUFFIXES)
     if not path.parent.is_dir():
-        raise QtuneError(f"--sweep {path}: there is no folder {path.parent}; make it first")
+        raise QtuneError("Q901", f"--sweep {path}: there is no folder {path.parent}; make it first")
     if not os.access(path.parent, os.W_OK):
-        raise QtuneError(f"--sweep {path}: the folder {path.parent} cannot be written to")
+        raise QtuneError("Q901", f"--sweep {path}: the folder {path.parent} cannot be written to")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise QtuneError(
-            "--sweep draws with matplotlib, which is not installed: pip install 'qtune[report]'"
+            "Q904", "--sweep draws with matplotlib, which is not installed: pip install 'qtune[report]'"
         ) from error
     return path
 

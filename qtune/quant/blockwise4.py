@@ -45,7 +45,8 @@ class Blockwise4(Scheme):
     def __post_init__(self) -> None:
         if type(self.block) is not int or self.block not in tables.BLOCKS:
             raise QtuneError(
-                f"scheme {self.name}: block must be one of {', '.join(map(str, tables.BLOCKS))}, not {self.block!r}"
+                "Q108",
+                f"scheme {self.name}: block must be one of {', '.join(map(str, tables.BLOCKS))}, not {self.block!r}",
             )
 
     def layout(self, shape: Sequence[int]) -> Layout:

@@ -61,7 +61,7 @@ def choose(scheme: Scheme, weight: Tensor, gram: Tensor | None, how: str, *, nam
     without codes, a weight that cannot be packed, and a gram that is absent, misshapen, not finite or indefinite.
     """
     if why := refuses(scheme, how):
-        raise QtuneError(f"{name}: {why}")
+        raise QtuneError("Q702", f"{name}: {why}")
     if how == "nearest":
         return scheme.checked_pack(weight, name)
     gram = _checked(gram, weight, how, name)
@@ -88,13 +88,16 @@ def _checked(gram: Tensor | None, weight: Tensor, how: str, name: str) -> Tensor
     """The gram in fp32, where the weight is."""
     inputs = weight.shape[1]
     if gram is None:
-        raise QtuneError(f"{name}: {how} chooses codes by the second moments of the layer's inputs, and there are none")
+        raise QtuneError(
+            "Q706", f"{name}: {how} chooses codes by the second moments of the layer's inputs, and there are none"
+        )
     if tuple(gram.shape) != (inputs, inputs):
         raise QtuneError(
-            f"{name}: the second moments are {tuple(gram.shape)}; a layer with {inputs} inputs has {(inputs, inputs)}"
+            "Q706",
+            f"{name}: the second moments are {tuple(gram.shape)}; a layer with {inputs} inputs has {(inputs, inputs)}",
         )
     if not gram.is_meta and not bool(torch.isfinite(gram).all()):
-        raise QtuneError(f"{name}: the second moments of the layer's inputs have NaN or infinite values")
+        raise QtuneError("Q706", f"{name}: the second moments of the layer's inputs have NaN or infinite values")
     return gram.detach().to(weight.device, torch.float32)
 
 
@@ -162,8 +165,9 @@ def _factor(gram: Tensor, order: Tensor, name: str) -> Tensor:
             one = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             return torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1)
     raise QtuneError(
+        "Q706",
         f"{name}: the second moments of the layer's inputs have no Cholesky factor, not even with {DAMPING[-1]:g} x "
-        "mean diagonal added: no inputs have such moments"
+        "mean diagonal added: no inputs have such moments",
     )
 
 

@@ -36,7 +36,8 @@ class Grouped(Scheme):
     def __post_init__(self) -> None:
         if type(self.group) is not int or self.group not in tables.GROUPS:
             raise QtuneError(
-                f"scheme {self.name}: group must be one of {', '.join(map(str, tables.GROUPS))}, not {self.group!r}"
+                "Q108",
+                f"scheme {self.name}: group must be one of {', '.join(map(str, tables.GROUPS))}, not {self.group!r}",
             )
 
     def _sizes(self, shape: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -120,7 +120,7 @@ class _Packed(nn.Module):
         """Pack w [out, in] anew; the codes are then the run's own. Raises QtuneError for another shape, NaN or
         infinity."""
         if tuple(w.shape) != self.shape:
-            raise QtuneError(f"{self.name or 'weight'} is {tuple(w.shape)}, the layer is {self.shape}")
+            raise QtuneError("Q305", f"{self.name or 'weight'} is {tuple(w.shape)}, the layer is {self.shape}")
         pack = self.pack or (lambda w: self.scheme.checked_pack(w, self.name or "weight"))
         self.set_parts(pack(w.detach()))
 

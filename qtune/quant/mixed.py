@@ -45,7 +45,8 @@ class Mixed:
         if unused:
             ends = sorted({site.rpartition(".")[2] for site in sizes})
             raise QtuneError(
-                f"scheme: no packed layer matches {', '.join(unused)}; legal: default, {', '.join(ends)}, or a pattern"
+                "Q109",
+                f"scheme: no packed layer matches {', '.join(unused)}; legal: default, {', '.join(ends)}, or a pattern",
             )
         return self
 
@@ -73,8 +74,9 @@ class Average:
         low, high = self.low.code_bits, self.high.code_bits
         if not low <= self.bits <= high:
             raise QtuneError(
+                "Q108",
                 f"an average of {self.bits:g} bits cannot be made of {self.high} and {self.low}; "
-                f"legal: {low} to {high}, with `high` the larger one"
+                f"legal: {low} to {high}, with `high` the larger one",
             )
 
     def resolve(self, sizes: Mapping[str, int]) -> Mixed:
@@ -128,7 +130,7 @@ def storage_from(value: Any) -> Storage:
         except (QtuneError, TypeError) as error:
             faults.append(f"{key}: {error}")
     if faults:
-        raise QtuneError("; ".join(faults))
+        raise QtuneError("Q108", "; ".join(faults))
     if kind == "bits":
         return Average(float(value["bits"]), made["high"], made["low"])
     default = made.pop("default")

@@ -125,7 +125,7 @@ class Scheme(ABC):
         """`pack`, with NaN, infinity and what is no plain float refused by the tensor's name."""
         if w.dtype not in FLOATS:
             legal = ", ".join(map(str, FLOATS))
-            raise QtuneError(f"{name} is {w.dtype} and cannot be packed as {self.name}; legal: {legal}")
+            raise QtuneError("Q311", f"{name} is {w.dtype} and cannot be packed as {self.name}; legal: {legal}")
         w = w.detach()
         if not w.is_meta and w.numel():
             low, high = (float(x) for x in torch.aminmax(w))  # one pass without temporaries; NaN comes through
@@ -136,9 +136,13 @@ class Scheme(ABC):
     def _fault(self, w: Tensor, name: str) -> QtuneError:
         if bad := int((~torch.isfinite(w)).sum()):
             what = f"{bad} NaN or infinite of {w.numel()} values"
-            return QtuneError(f"{name} has {what} and cannot be packed as {self.name}; is the checkpoint damaged?")
+            return QtuneError(
+                "Q311", f"{name} has {what} and cannot be packed as {self.name}; is the checkpoint damaged?"
+            )
         big = int((w.abs() > self.largest()).sum())
-        return QtuneError(f"{name} has {big} of {w.numel()} values beyond the range of {self} ({self.largest():.5g})")
+        return QtuneError(
+            "Q311", f"{name} has {big} of {w.numel()} values beyond the range of {self} ({self.largest():.5g})"
+        )
 
     def nbytes(self, shape: Sequence[int]) -> int:
         """Bytes of one packed weight in memory, alignment included."""
@@ -183,7 +187,7 @@ def flatten(scheme: Scheme, parts: Parts, shape: Sequence[int]) -> Tensor:
                 f"{scheme} of {tuple(shape)} has {dtype} {size}"
             )
     if faults:
-        raise QtuneError("; ".join(faults))
+        raise QtuneError("Q306", "; ".join(faults))
     device = next(iter(parts.values())).device
     flat = torch.zeros(scheme.nbytes(shape), dtype=torch.uint8, device=device)
     for name, view in views(scheme, flat, shape).items():
@@ -250,7 +254,8 @@ def scheme_from(value: str | Mapping[str, Any] | Scheme) -> Scheme:
         value = {"name": value}
     if not isinstance(value, Mapping) or "name" not in value:
         raise QtuneError(
-            f"a scheme is a name or a mapping with a name, not {value!r}; legal names: {', '.join(sorted(SCHEMES))}"
+            "Q108",
+            f"a scheme is a name or a mapping with a name, not {value!r}; legal names: {', '.join(sorted(SCHEMES))}",
         )
     name = value["name"]
     if not isinstance(name, str) or name not in SCHEMES:
@@ -271,5 +276,5 @@ def scheme_from(value: str | Mapping[str, Any] | Scheme) -> Scheme:
     except QtuneError as fault:  # an illegal value is named together with the other faults
         faults.append(str(fault))
     if faults:
-        raise QtuneError("; ".join(faults))
+        raise QtuneError("Q108", "; ".join(faults))
     return scheme

@@ -72,5 +72,5 @@ def page_file(name: str) -> Path:
 
     path = Path(name).expanduser()
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
-        raise QtuneError(f"--out {name}: a page is a file that ends in .html")
+        raise QtuneError("Q102", f"--out {name}: a page is a file that ends in .html")
     return path

@@ -65,7 +65,7 @@ def compare(runs: Sequence[Reading]) -> Comparison:
     folders = [run.folder.resolve() for run in runs]
     if not 2 <= len(runs) <= MOST or len(set(folders)) < len(folders):
         given = f"{len(runs)} run{'s' * (len(runs) != 1)}" + " (one twice)" * (len(set(folders)) < len(folders))
-        raise QtuneError(f"{given} to compare; legal: 2 to {MOST} different ones")
+        raise QtuneError("Q102", f"{given} to compare; legal: 2 to {MOST} different ones")
     named = [
         Named(name, f"c{i}", run, tuple(advise(run.rows)))
         for i, (name, run) in enumerate(zip(names(folders), runs, strict=True))

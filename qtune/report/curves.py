@@ -47,7 +47,7 @@ def need_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise QtuneError(
-            "the page is drawn with matplotlib, which is not installed: pip install 'qtune[report]'"
+            "Q904", "the page is drawn with matplotlib, which is not installed: pip install 'qtune[report]'"
         ) from error
 
 

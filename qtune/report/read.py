@@ -86,20 +86,23 @@ def read_run(folder: Path) -> Reading:
     missing = [name for name in (RECIPE, METRICS) if not (folder / name).is_file()]
     if missing:
         raise QtuneError(
-            f"{folder} is not a run: it lacks {' and '.join(missing)}; give the `output` folder of a `qtune train`"
+            "Q401",
+            f"{folder} is not a run: it lacks {' and '.join(missing)}; give the `output` folder of a `qtune train`",
         )
     try:
         text = (folder / RECIPE).read_text("utf-8")
         metrics = (folder / METRICS).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise QtuneError(f"cannot read the run {folder}: {getattr(error, 'strerror', None) or error}") from error
+        raise QtuneError(
+            "Q411", f"cannot read the run {folder}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     faults: list[str] = []
     recipe = load_yaml(text, faults)
     if not isinstance(recipe, dict):
-        raise QtuneError(f"{folder / RECIPE} is no recipe: {'; '.join(faults) or 'it holds no keys'}")
+        raise QtuneError("Q411", f"{folder / RECIPE} is no recipe: {'; '.join(faults) or 'it holds no keys'}")
     rows = [row for row, _ in rows_of(metrics)]
     if not rows:
-        raise QtuneError(f"{folder / METRICS} holds no row yet: there is nothing to show before the first step")
+        raise QtuneError("Q412", f"{folder / METRICS} holds no row yet: there is nothing to show before the first step")
     return Reading(folder, recipe, text, rows, _json(folder / INFO), read_record(folder))
 
 

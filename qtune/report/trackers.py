@@ -34,8 +34,9 @@ def check_trackers(names: Sequence[str]) -> None:
     if missing:
         packages = " ".join(PIP.get(name, name) for name in missing)
         raise QtuneError(
+            "Q904",
             f"train.trackers has {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install {packages}"
+            f"pip install {packages}",
         )
 
 
@@ -64,7 +65,7 @@ class Trackers:
                 made.start()
                 made.store_init_configuration(flat(recipe.to_dict()))
             except Exception as error:  # any library's own: an account, a server that is not there
-                raise QtuneError(f"train.trackers: {name} did not start: {error}") from error
+                raise QtuneError("Q808", f"train.trackers: {name} did not start: {error}") from error
             self.running[name] = made
 
     def log(self, row: Mapping[str, Any]) -> None:
