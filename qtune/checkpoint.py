@@ -103,7 +103,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         }
     except OSError as error:
         raise QtuneError("Q304", f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise QtuneError("Q304", f"{path.name}: its safetensors header is damaged ({error})") from error
     return entries
 
@@ -130,8 +130,10 @@ def shard_files(folder: Path, stem: str) -> tuple[dict[str, set[str]], list[str]
     try:
         weights = json.loads(index.read_text())["weight_map"]
         pairs = [(str(name), str(file)) for name, file in weights.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, [f"{index.name} cannot be read ({error!r})"]
+    except OSError as error:
+        return {}, [f"{index.name} cannot be read: {error.strerror or error}"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}, [f"{index.name} is damaged: it must be JSON with a mapping under weight_map"]
     files: dict[str, set[str]] = {}
     for name, file in pairs:
         files.setdefault(file, set()).add(name)

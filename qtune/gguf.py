@@ -97,7 +97,7 @@ class GGUF:
         self._spans: dict[str, tuple[int, int]] = {}  # key -> bytes of the whole entry
         try:
             self.tensors = self._parse(_Cursor(self._data))
-        except (struct.error, ValueError, IndexError) as error:
+        except (struct.error, ValueError, IndexError, ArithmeticError) as error:  # the last: an alignment of 0
             raise QtuneError("Q309", f"{path} is truncated or damaged: {error}") from error
 
     def _parse(self, cursor: _Cursor) -> dict[str, StoredGGUF]:

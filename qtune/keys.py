@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from math import inf, isfinite
+from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 from .errors import QtuneError, one_of
@@ -78,8 +80,17 @@ def legal(limits: Limits) -> str:
 
 def shown(value: Any) -> str:
     """A value as an error shows it."""
-    text = "null" if value is None else repr(value)
+    try:
+        text = "null" if value is None else _BRIEF.repr(value)
+    except ValueError:  # Python writes out no more than some thousand digits
+        text = "a number of very many digits"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+# a text of a few aliases can stand for a value that fills the memory once it is written out
+_BRIEF = Repr()
+_BRIEF.maxlevel, _BRIEF.maxdict, _BRIEF.maxlist, _BRIEF.maxtuple = 4, 20, 20, 20
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 200
 
 
 # ---- readers: the value in its type, or ValueError with what is special about the fault ----
@@ -92,11 +103,24 @@ def _text(value: Any, limits: Limits) -> str:
         )
     if not value.strip():
         raise ValueError("empty")
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError("it holds a NUL, or half of a surrogate pair")
+    if value.startswith("~"):
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError("no user of this name has a home here") from None
     return value
 
 
 def _number(value: Any, limits: Limits) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError
+    try:
+        finite = isfinite(value)
+    except OverflowError:  # a whole number that is larger than any float
+        finite = False
+    if not finite:
         raise ValueError
     low, above, below = limits.get("low", -inf), limits.get("above", -inf), limits.get("below", inf)
     if value < low or value <= above or value >= below:

@@ -127,13 +127,13 @@ def _tree(source: str | Path | Mapping[str, Any], faults: list[str]) -> tuple[st
         return "recipe", None, _copied(source)
     name, folder = "recipe", None
     if isinstance(source, Path) or "\n" not in source:
-        path = Path(source).expanduser()
-        name, folder = str(source), path.parent
+        name = str(source)
         try:
-            source = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            path = Path(source).expanduser()
+            folder, source = path.parent, path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: ~user without a home
             raise QtuneError(
-                "Q104", f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}"
+                "Q104", f"cannot read the recipe {name}: {getattr(error, 'strerror', None) or error}"
             ) from error
     count = len(faults)
     value = load_yaml(source, faults)

@@ -94,7 +94,7 @@ def read(folder: Path) -> Saved:
         info = json.loads((folder / STATE).read_text("utf-8"))
     except OSError as error:
         raise QtuneError("Q408", f"cannot read {folder / STATE}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QtuneError("Q408", f"{folder / STATE} is no JSON text ({error})") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         found = info.get("format") if isinstance(info, dict) else type(info).__name__
@@ -179,7 +179,7 @@ def rows_of(text: str) -> Iterator[tuple[dict[str, Any], str]]:
     for line in text.splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             yield row, line

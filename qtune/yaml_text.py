@@ -51,8 +51,12 @@ def load_yaml(text: str, faults: list[str]) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         faults.append(f"{place}not YAML: {' '.join(str(p) for p in (error.context, error.problem) if p)}")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, say
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, say
         faults.append(f"not YAML: {error}")
+    except RecursionError:
+        faults.append("not YAML: nested too deep")
+    except (LookupError, AttributeError, TypeError):  # how PyYAML says that `!!bool maybe` is none
+        faults.append("not YAML: a value is not of the type that its tag (!!int, !!bool ...) gives it")
     return None
 
 

@@ -188,20 +188,39 @@ def read_adapter_json(folder: str | Path) -> dict[str, Any]:
             "Q402",
             f"cannot read {path}: {error.strerror or error}; a folder with an adapter holds {INFO} and {TENSORS}",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QtuneError("Q402", f"{path} is no JSON text ({error}); is it cut off?") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         found = info.get("format") if isinstance(info, dict) else type(info).__name__
         raise QtuneError("Q402", f"{path} has format {found!r}; this qtune reads format {FORMAT}")
     needed = {"adapter": dict, "base": dict, "bytes": int, "sha256": str, "sites": dict}
     wrong = [key for key, kind in needed.items() if not isinstance(info.get(key), kind)]
-    if "sites" not in wrong and not all(
-        isinstance(site, dict) and isinstance(site.get("magnitude"), float) for site in info["sites"].values()
-    ):
+    if "sites" not in wrong and not all(map(_is_site, info["sites"].values())):
         wrong.append("sites")
+    if "adapter" not in wrong and not _is_spec(info["adapter"]):
+        wrong.append("adapter")
+    if not isinstance(info.get("kept", 0), int):
+        wrong.append("kept")
     if wrong:
         raise QtuneError("Q402", f"{path} lacks or garbles {', '.join(wrong)}")
     return info
+
+
+def _is_site(site: Any) -> bool:
+    """Is it what `describe_sites` says of one?"""
+    if not isinstance(site, dict) or not isinstance(site.get("magnitude"), float):
+        return False
+    start = site.get("start", {"before": 0.0, "after": 0.0, "weighted": False})
+    kinds = {"before": (int, float), "after": (int, float), "weighted": bool}
+    return isinstance(start, dict) and set(start) == set(kinds) and all(isinstance(start[k], kinds[k]) for k in kinds)
+
+
+def _is_spec(value: Mapping[str, Any]) -> bool:
+    """Is it what AdapterSpec.to_dict gives, as far as its kinds go?"""
+    targets = value.get("targets")
+    return (
+        isinstance(value.get("method"), str) and isinstance(targets, list) and all(isinstance(t, str) for t in targets)
+    )
 
 
 def _read_tensors(path: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -353,7 +353,11 @@ def _warn_of_experts(model: PreTrainedModel, origin: Origin) -> None:
 def _generation(model: PreTrainedModel, source: Source) -> None:
     model.config._name_or_path = source.name
     if source.kind != "gguf" and (source.path / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(source.path)
+        try:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(source.path)
+        except Exception as error:  # values of other types raise what they raise
+            reason = " ".join(str(error).split())[:300]
+            raise QtuneError("Q302", f"cannot read {source.path / 'generation_config.json'}: {reason}") from error
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -365,7 +369,7 @@ def load_tokenizer(model: str | Path) -> Any:
         if is_gguf:  # AutoTokenizer would parse the whole vocabulary twice more, for a config that it does not need
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), gguf_file=path.name)
         return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the package tokenizers raises plain ones
         raise QtuneError(
             "Q308", f"cannot read a tokenizer from {model}: {' '.join(str(error).split())[:300]}"
         ) from error

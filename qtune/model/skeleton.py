@@ -39,8 +39,14 @@ class Origin:
 def empty(config: Any, dtype: torch.dtype, *, fused: bool = False) -> PreTrainedModel:
     """transformers' causal model of `config` on the meta device, in `dtype`, not yet packed. fused: experts stay as
     transformers has them."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # what a size of 0 or a text for a number raises differs from class to class
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise QtuneError(
+            "Q303", f"transformers {transformers.__version__} makes no model of this {type(config).__name__}: {reason}"
+        ) from error
     if not fused:
         split(model)
     return model.eval().requires_grad_(False)

@@ -17,6 +17,7 @@ import transformers
 from ..checkpoint import faults_error
 from ..errors import QtuneError
 from ..gguf import GGUF
+from ..keys import shown
 from ..quant import Storage, storage_from
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -96,6 +97,12 @@ def _download(model: str) -> Path:
 def read_folder(folder: Path, name: str, *, weights: bool = True) -> Source:
     """The checkpoint in a folder; without `weights` its configuration is enough, and `stem` means nothing."""
     config = _json(folder / "config.json")
+    faults = [
+        f"{key} in its config.json is {shown(config[key])}; legal: a mapping"
+        for key in ("qtune", "quantization_config") if not isinstance(config.get(key) or {}, dict)
+    ]  # fmt: skip
+    if faults:
+        raise faults_error("Q305", f"cannot load {name}", faults)
     packed = config.get("qtune") or {}
     stem, faults = _weights(folder, packed) if weights else ("", [])
     faults += _config_faults(config, packed)
@@ -127,7 +134,7 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise QtuneError("Q302", f"{path.parent} has no {path.name}, so it is no checkpoint folder") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise QtuneError("Q302", f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise QtuneError("Q302", f"{path} holds no JSON object")
@@ -184,7 +191,7 @@ def read_gguf(path: Path) -> Source:
         file.write_header(Path(folder) / "header.gguf")
         try:
             config = transformers.AutoConfig.from_pretrained(folder, gguf_file="header.gguf", trust_remote_code=False)
-        except (ValueError, KeyError, NotImplementedError) as error:
+        except Exception as error:  # as with config.json
             raise QtuneError(
                 "Q303",
                 f"cannot load {path}: transformers {transformers.__version__} cannot read "
