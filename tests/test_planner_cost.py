@@ -9,7 +9,8 @@ import torch
 
 from qtune.planner.cost import Costs
 from qtune.planner.devices import find_device
-from qtune.planner.plan import Plan, plan_recipe, plan_stack
+from qtune.planner.hf import plan_stack
+from qtune.planner.plan import Plan, plan_recipe
 from qtune.planner.roofline import _copies
 from qtune.recipe import Recipe
 

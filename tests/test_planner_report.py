@@ -18,7 +18,7 @@ from rich.console import Console
 from qtune.batches import Capacity
 from qtune.cli import main
 from qtune.errors import QtuneError
-from qtune.planner import report, request, sweep
+from qtune.planner import layout, report, request, sweep
 from qtune.planner.devices import find_device
 from qtune.planner.fit import Fit, Row
 from qtune.planner.plan import Phase, Plan
@@ -97,8 +97,8 @@ def test_the_answer_says_what_where_and_when(file: Path, capsys: pytest.CaptureF
     out, err = run(capsys, file, "--device", "4090")
     words = (
         "lora, rank 16", "4 examples of 32 tokens in a micro-batch", "NVIDIA GeForce RTX 4090, 23.61 GiB", "Fits:",
-        "weights", "nf4 codes", "optimizer", "CUDA context", "= peak of the process", "allocated", "reserved",
-        "The peak comes in:", "tokens/s", "TFLOPS",
+        "weights", "nf4 codes", "optimizer", "CUDA context", "= peak of a training step", "allocated", "reserved",
+        "Its peak comes in:", "tokens/s", "TFLOPS",
     )  # fmt: skip
     assert err == "" and [word for word in words if word not in out] == []
 
@@ -155,12 +155,12 @@ def test_a_phase_that_takes_more_than_the_step_decides_and_is_named(plan: Plan, 
 def test_the_bar_is_to_scale(plan: Plan, share: float) -> None:
     some = with_budget(plan, int(plan.process * share))
     console = Console(file=io.StringIO(), width=80, color_system=None)
-    bar, label = (line.plain for line in report.bar(some, console))
+    bar, label = (line.plain for line in layout.bar(some, console))
     assert len(bar.rstrip()) <= 80 and size(some.budget) in label
     edge, used = bar.index("│"), len(re.sub("[│·]", "", bar))
     scale = max(plan.process, some.budget)
     assert abs(edge - 78 * some.budget / scale) <= 1 and abs(used - 78 * plan.process / scale) <= 1
-    for group, sign in report.SIGNS.items():
+    for group, sign in layout.SIGNS.items():
         assert abs(bar.count(sign) - 78 * plan.groups[group] / scale) <= 1, group
 
 
@@ -178,7 +178,7 @@ def test_nothing_is_wider_than_80_columns_on_a_terminal(plan: Plan, asked: Reque
 def test_json_is_the_whole_plan(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = run(capsys, file, "--device", "4090", "--json")
     value = json.loads(out)
-    assert "peak of the process" in err, "a person still sees the answer"
+    assert "peak of a training step" in err, "a person still sees the answer"
     assert all(type(item["nbytes"]) is int for item in value["items"])
     assert sum(item["nbytes"] for item in value["items"]) == value["process"] == sum(value["groups"].values())
     assert value["verdict"] == "fits" and value["left"] == value["budget"] - value["peak"]
@@ -461,9 +461,9 @@ def test_another_stacks_time_is_a_bound_and_its_release_is_said(plan: Plan, aske
 
 
 def test_no_color_on_a_terminal_gives_each_group_its_sign() -> None:
-    for no_color, signs in ((True, report.SIGNS), (False, dict.fromkeys(report.SIGNS, "█"))):
+    for no_color, signs in ((True, layout.SIGNS), (False, dict.fromkeys(layout.SIGNS, "█"))):
         console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", no_color=no_color)
-        assert not console.options.ascii_only and report.signs_of(console) == signs
+        assert not console.options.ascii_only and layout.signs_of(console) == signs
 
 
 def test_merging_on_a_cpu_is_not_sent_to_the_cpu(plan: Plan) -> None:

@@ -37,6 +37,12 @@ def options(sub: argparse.ArgumentParser) -> None:
         help="tokens of the longest example (data.max_length); the data is not read then",
     )
     add("--budget", metavar="SIZE", help="memory that may be used, such as 20GB; default: all of the device's")
+    add(
+        "--host",
+        metavar="SIZE",
+        help="memory of the machine around a GPU; default: this machine's, where it has the GPU",
+    )
+    add("--disk", metavar="SIZE", help="free space for the files of memory.*: disk; default: memory.folder's, as above")
     add("--stack", default="qtune", metavar="NAME", help="qtune (default); hf or hf:installed: the stock PEFT stack")
     one = sub.add_mutually_exclusive_group()
     one.add_argument("--fit", nargs="?", const="", metavar="SIZE", help="find the recipe that fits, and what it costs")
@@ -50,6 +56,9 @@ def plan(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) 
     from .request import read_request
 
     request = read_request(args)
+    if request.first_note:
+        screen.line(f"note: {request.first_note}", "yellow")
+        screen.line()
     if args.fit is not None:
         _fit(request, screen, emit)
     elif args.explain:

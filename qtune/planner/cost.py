@@ -2,7 +2,8 @@
 
 A multiply-add counts 2. Bytes are those of all tensors that an op reads and writes; what is expanded counts once. A
 product with a packed weight also counts, as `unpack`, the dense copy that is written and read again. Copies between
-host and device are a class of their own, LINK, whose bytes go over the bus once.
+host and device are a class of their own, LINK, whose bytes go over the bus once. Bytes of mapped files are READ once in
+a layer's pass, however many products read them there, and WRITTEN as they are copied out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..memory import place_of
+from ..memory import DISK, HOST, place_of
 
 FREE = {
     f"aten::{name}" for name in ("_unsafe_view", "empty", "empty_like", "new_empty", "detach", "_local_scalar_dense")
@@ -21,7 +22,8 @@ FREE = {
 Key = tuple[int, str, str]  # segment, class, dtype
 Made = Sequence[Tensor]
 LINK = "copies between host and device"
-WAITS = "host memory"
+READ, WRITTEN = "read from files", "written to files"
+WAITS = {HOST: "host memory", DISK: "files"}  # what waits in a place
 JOINED = -1  # the segment of what was traced apart: forward and backward of a step's micro-batches
 
 
@@ -30,6 +32,7 @@ class Costs:
 
     def __init__(self) -> None:
         self.rows: dict[Key, list[int]] = {}
+        self._read: set[tuple[int, int]] = set()  # segment and storage
 
     def add(self, segment: int, op: str, args: tuple[Any, ...], made: Made) -> None:
         """Count one call of an op with these arguments and results."""
@@ -40,6 +43,7 @@ class Costs:
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
         if not (tensors or made):
             return
+        self._disk(segment, name, tensors)
         if name == "aten::copy_" and isinstance(args[1], Tensor) and place_of(args[0]) != place_of(args[1]):
             self._count((segment, LINK, str(args[0].dtype).removeprefix("torch.")), 0, made[0].nbytes)
             return
@@ -51,13 +55,27 @@ class Costs:
             dense = UNPACKED[name](args) * args[0].element_size()
             self._count((segment, "unpack", dtype), 0, 2 * dense)
 
-    def wait(self, segment: int, nbytes: int) -> None:
-        """A tensor in host memory, beside the device."""
-        self._count((segment, WAITS, ""), 0, nbytes, 0)
+    def _disk(self, segment: int, name: str, tensors: Sequence[Tensor]) -> None:
+        """What an op reads of mapped files, or writes to them."""
+        for number, tensor in enumerate(tensors):
+            if place_of(tensor) != DISK:
+                continue
+            if name == "aten::copy_" and number == 0:
+                self._count((segment, WRITTEN, ""), 0, tensor.nbytes, 0)
+                continue
+            once = segment, tensor.untyped_storage()._cdata
+            if name == "aten::copy_" or once not in self._read:
+                whole = tensor.nbytes if name == "aten::copy_" else tensor.untyped_storage().nbytes()
+                self._count((segment, READ, ""), 0, whole, 0)
+                self._read.add(once)
 
-    def waiting(self) -> int:
+    def wait(self, segment: int, nbytes: int, place: str = HOST) -> None:
+        """A tensor in host memory beside the device, or in a file."""
+        self._count((segment, WAITS[place], ""), 0, nbytes, 0)
+
+    def waiting(self, place: str = HOST) -> int:
         """Bytes of all such tensors; they are no costs of a step, so they are taken out."""
-        keys = [key for key in self.rows if key[1] == WAITS]
+        keys = [key for key in self.rows if key[1] == WAITS[place]]
         return sum(self.rows.pop(key)[1] for key in keys)
 
     def join(self, other: Costs) -> None:

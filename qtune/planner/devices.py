@@ -24,6 +24,7 @@ from ..screen import size
 from ..units import parse_size
 
 Capability = tuple[int, int]
+HERE = "this machine"  # begins the source of a device that is not of the catalogue alone
 MIB, GIB = 2**20, 2**30
 
 
@@ -264,7 +265,7 @@ def _cpu() -> Device:
         raise QtuneError(
             "Q601", "device 'cpu': this system does not tell its memory; give a size, such as 32GB"
         ) from error
-    return Device("cpu", _cpu_name(), "cpu", (0, 0), memory, 0.0, {}, 0.0, 0, 0, "this machine", "a CPU has none")
+    return Device("cpu", _cpu_name(), "cpu", (0, 0), memory, 0.0, {}, 0.0, 0, 0, HERE, "a CPU has none")
 
 
 def _cpu_name() -> str:
@@ -284,7 +285,7 @@ def _here(index: int) -> Device:
             "Q601", f"device 'cuda:{index}': this machine has {has}; name the card to plan for, such as rtx4090"
         )
     seen = torch.cuda.get_device_properties(index)
-    memory, source = int(seen.total_memory), f"this machine's cuda:{index}"
+    memory, source = int(seen.total_memory), f"{HERE}'s cuda:{index}"
     named = [device for device in catalogue().values() if device.name == seen.name]
     if named:
         device = min(named, key=lambda device: abs(device.memory - memory))

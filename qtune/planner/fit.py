@@ -17,10 +17,13 @@ from ..recipe import Recipe
 from ..screen import Screen, size
 from ..starting import wants
 from .devices import Device
-from .knobs import KNOBS, LAST, Change, Knob, Level, both_ways, embeddings
+from .knobs import KNOBS, LAST, Change, Knob, Level, both_ways, embeddings, to_disk
 from .phases import load_phase
 from .plan import Plan, Shape
 from .request import Lengths, Request, request_of, with_phases
+from .room import UNKNOWN
+
+SLOWER = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Fit:
     @property
     def missing(self) -> int:
         """Bytes by which even the smallest recipe is too large; 0 where it fits."""
-        return max(0, -self.plan.left)
+        return self.plan.missing
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class Search:
 def fit(request: Request, screen: Screen | None = None) -> Fit:
     """The mildest change of the request's recipe that fits its budget.
 
-    A plan that fits barely is taken only where no knob that leaves what is learned alone gives more room.
+    A plan that fits barely is taken only where no knob that leaves what is learned alone, and costs little time, gives
+    more room.
     """
     search = Search(request)
     with (screen or Screen(quiet=True)).bar("planning", len(KNOBS) + 1) as advance:
@@ -119,7 +123,7 @@ def fit(request: Request, screen: Screen | None = None) -> Fit:
             if at.verdict == "fits" or (at.verdict == "barely" and knob in LAST):
                 break
             rung = _climb(search, knob, rungs, at)
-            if rung is not None and rung.saved > 0:
+            if rung is not None and _helps(rung, at) and not (at.verdict == "barely" and _slower(rung.plan, at)):
                 rungs.append(rung)
                 at = rung.plan
             advance(note=rung.level.words if rung else "")
@@ -131,10 +135,13 @@ def fit(request: Request, screen: Screen | None = None) -> Fit:
 
 def _hopeless(search: Search) -> Rung | None:
     """Every knob at its strongest, as one rung, if even that does not fit. Packed embeddings may take more than they
-    save (they are unpacked to be multiplied), so it is tried without them as well."""
-    start = search.plan({})
-    tried = []
-    for left_out in ((), (embeddings,)):
+    save (they are unpacked to be multiplied), so it is tried without them as well; where it is known how much host
+    memory or disk there is, also without the disk."""
+    start, tried = search.plan({}), []
+    ways: list[tuple[Knob, ...]] = [(), (embeddings,)]
+    if search.request.room != UNKNOWN:
+        ways += [(to_disk,), (to_disk, embeddings)]
+    for left_out in ways:
         change: Change = {}
         for knob in KNOBS:
             recipe = search.recipe(change)
@@ -145,7 +152,23 @@ def _hopeless(search: Search) -> Rung | None:
         if rung is not None and rung.plan.verdict != "no":
             return None
         tried += [] if rung is None else [rung]
-    return min(tried, key=lambda rung: peak(rung.plan), default=None)
+    return min(tried, key=lambda rung: (rung.plan.missing, peak(rung.plan)), default=None)
+
+
+def _helps(rung: Rung, at: Plan) -> bool:
+    """Does it take less of what there is too little of, or as little and less of the device?"""
+    return (rung.plan.missing, -rung.saved) < (at.missing, 0)
+
+
+def _slower(plan: Plan, than: Plan) -> bool:
+    """Does the time model see more than SLOWER of the time a token? That is too much for a recipe that fits barely."""
+    now, before = (tokens_per_second(one) for one in (plan, than))
+    return bool(now and before) and before > (1 + SLOWER) * now
+
+
+def tokens_per_second(plan: Plan) -> float:
+    """By the time model; 0 where that is not known."""
+    return 0.0 if isinstance(plan.speed, str) else plan.speed.tokens_per_second or 0.0
 
 
 def _joined(rungs: Sequence[Rung]) -> Change:
@@ -250,7 +273,8 @@ def refuse_beyond(
     if plan.verdict != "no":
         return plan
     found = fit(request, screen)
-    start = f"the plan's peak is {size(peak(plan))} on {device.name}, beyond the budget of {size(budget)}"
+    beyond = f"the plan's peak is {size(peak(plan))} on {device.name}, beyond the budget of {size(budget)}"
+    start = "; ".join([*([beyond] if plan.left < 0 else []), *(f"the plan takes {short}" for short in plan.short)])
     if found.missing:
         raise QtuneError(
             "Q502", f"{start}; none of the changes that --fit makes is enough: {size(found.missing)} are missing"

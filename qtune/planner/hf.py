@@ -12,9 +12,10 @@ Left out: autocast, data-dependent parts of LLM.int8(), what libraries below tor
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -33,7 +34,8 @@ from .devices import Device
 from .hf_modules import Linear4, Linear8, LoRA, prepare
 from .hf_optim import optimizer_of
 from .layers import extended
-from .plan import stored_as
+from .models import Model, find_model
+from .plan import Plan, Shape, check_shape, planned, refused_by_name, shapes_of, stored_as
 from .standins import answers, on_meta, scratch_on
 from .step_trace import MICRO_BATCHES
 from .trace import AFTER, UPDATE, Joined, Segment, Trace, Tracer, followed, without_collector
@@ -326,3 +328,28 @@ def _steps(whole: Any, gradients: Trace, settings: HFSettings, device: Device) -
                     parameter.grad = None
                 tracer.enter(Segment(AFTER))
     return tracer.stop()
+
+
+def plan_stack(
+    recipe: Recipe,
+    device: Device,
+    *,
+    model: Model | None = None,
+    shape: Shape | None = None,
+    budget: int | None = None,
+    release: str = "published",
+) -> Plan:
+    """The plan of the same training by transformers + PEFT + bitsandbytes, in their usual set-up. release: published
+    (as the releases behind most published measurements) or installed. Raises QtuneError where they cannot do it."""
+    started = time.perf_counter()
+    model = model or find_model(recipe.model)
+    shape = shape or shapes_of(recipe)[0]
+    if shape.lengths:
+        raise QtuneError(
+            "Q508", "train.packing is true, and other stacks are planned with padded micro-batches; legal: false"
+        )
+    check_shape(shape, model)
+    settings = replace(hf_settings(recipe, shape.rows, shape.length), release=release)
+    with refused_by_name(model):
+        trace, whole = hf_traced(type(model.config).from_dict(model.config.to_dict()), settings, device)
+    return planned(model, recipe, device, f"hf:{release}", shape, trace, whole, budget, time.perf_counter() - started)

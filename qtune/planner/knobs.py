@@ -27,6 +27,7 @@ PLACED = {
 }  # fmt: skip
 LOSS_CHUNKS = (128, 1024)
 OTHER_RULES = {"lion": "one state; wants a lower lr", "adafactor": "hardly any states, and learns in another way"}
+FILED = "are read from a file's pages"
 MLP_TILES = (2048, 512)  # tokens: below, products are too small to be quick
 
 
@@ -54,6 +55,15 @@ def weights(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
         yield from _elsewhere(recipe, "weights", kind, "layers' weights", "are copied in twice a micro-batch")
 
 
+def to_disk(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    """What waits in the host's memory beside a GPU may be too much for that."""
+    moved: Change = {}
+    for key in ("weights", "boundaries"):
+        if kind != "cpu" and getattr(recipe.memory, key) == "host":
+            moved[f"memory.{key}"] = "disk"
+            yield Level(dict(moved), f"{' and '.join(PLACED[k.partition('.')[2]] for k in moved)} on disk", FILED)
+
+
 def states(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
     if kind != "cpu" and recipe.memory.optimizer == "device":
         yield Level({"memory.optimizer": "host"}, "optimizer on the host", "states are copied in and out each step")
@@ -71,19 +81,30 @@ def early(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
         yield Level(change, "updates in the backward", "gradients are not clipped")
 
 
+def frozen_a(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    if recipe.adapter.options.get("freeze_a") is False:
+        yield Level({"adapter.freeze_a": True}, "A frozen (LoRA-FA)", "only B learns, of half the weights")
+
+
 def _elsewhere(recipe: Recipe, key: str, kind: str, what: str, cost: str) -> Iterator[Level]:
-    """To the host, which on a CPU is the device itself, and to disk."""
+    """To the host, or on a CPU, whose memory that is, to disk."""
     at = getattr(recipe.memory, key)
     if at == "device" and kind != "cpu":
         yield Level({f"memory.{key}": "host"}, f"{what} on the host", cost)
     if is_here(at, kind) and kind == "cpu":
-        yield Level({f"memory.{key}": "disk"}, f"{what} on disk", "are read from a file's pages")
+        yield Level({f"memory.{key}": "disk"}, f"{what} on disk", FILED)
 
 
 def mlp_tile(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
     for tokens in MLP_TILES:
         if tokens < min(shape.tokens, recipe.memory.mlp_tile or shape.tokens):
             yield Level({"memory.mlp_tile": tokens}, f"MLPs in tiles of {tokens:,} tokens", "smaller products")
+
+
+def loss_chunk(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    for positions in sorted(LOSS_CHUNKS, reverse=True):
+        if positions < min(shape.trained, recipe.memory.loss_chunk or shape.trained):
+            yield Level({"memory.loss_chunk": positions}, f"loss in chunks of {positions:,}", "smaller products")
 
 
 def optimizer(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
@@ -169,8 +190,8 @@ def rank(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
 
 Knob = Callable[[Recipe, Shape, str], Iterator[Level]]
 KNOBS: tuple[Knob, ...] = (
-    checkpointing, table, boundaries, mlp_tile, optimizer, states, micro_batch, samples, weights, embeddings, scheme,
-    low_bits, length, rank,
+    checkpointing, table, boundaries, mlp_tile, loss_chunk, optimizer, states, micro_batch, early, samples, weights,
+    to_disk, embeddings, scheme, low_bits, length, rank,
 )  # fmt: skip
 LAST = (low_bits, length, rank)  # they change what is learned, or how well
 
@@ -181,8 +202,13 @@ LAST = (low_bits, length, rank)  # they change what is learned, or how well
 def both_ways(request: Request) -> Iterator[Level]:
     """Every knob alone, up and down, from the recipe as it is."""
     recipe, keys, kind, shape = request.recipe, request.recipe.train, request.device.kind, request.shape()
-    for knob in (checkpointing, table, boundaries, weights, optimizer, states, early, scheme, low_bits):
+    knobs = (checkpointing, table, boundaries, weights, to_disk, optimizer, states, early, frozen_a, scheme, low_bits)
+    for knob in knobs:
         yield from knob(recipe, shape, kind)
+    if kind != "cpu" and keys.checkpointing:
+        for key in ("boundaries", "weights"):
+            if getattr(recipe.memory, key) == "device":
+                yield Level({f"memory.{key}": "disk"}, f"{PLACED[key]} on disk", FILED)
     for few in (mlp_tile, micro_batch, samples, length, rank):  # one level down is enough to see what a knob does
         yield from list(few(recipe, shape, kind))[:1]
     yield from embeddings(recipe, shape, kind)

@@ -25,6 +25,7 @@ from ..export import PROMPT_TOKENS, PROMPTS, merged_entries
 from ..memory import DEVICE, HOST, place_of
 from ..memory.cuda import pinned_bytes
 from ..optim import optimizer_of
+from ..screen import size
 from ..verify import in_dtype
 from .allocator import peak_allocated
 from .layers import cut, pattern
@@ -125,7 +126,9 @@ def _nbytes(tensor: Tensor) -> int:
 def _train_phase(plan: Plan) -> Phase:
     note = plan.moment.part.partition(" (")[0] + (" pass" if plan.moment.layer is not None else "")
     assert plan.trace is not None
-    return Phase("train", plan.process, _host(plan, plan.trace.waiting), 0, note)
+    if not isinstance(plan.speed, str) and plan.speed.read + plan.speed.written:
+        note += f"; files: {size(plan.speed.read)} read and {size(plan.speed.written)} written a step"
+    return Phase("train", plan.process, _host(plan, plan.waiting), plan.files, note)
 
 
 def evaluate_phase(plan: Plan, few: Any) -> Phase:
@@ -140,7 +143,7 @@ def evaluate_phase(plan: Plan, few: Any) -> Phase:
         if trace.kinds[block] == "buffer":
             timeline.buffers[trace.ops[block]] = new
     timeline.insert(*evaluate_trace(plan, few))
-    return Phase("evaluate", timeline.peak(plan.device), _host(plan, trace.waiting), 0, "no backward")
+    return Phase("evaluate", timeline.peak(plan.device), _host(plan, plan.waiting), plan.files, "no backward")
 
 
 def evaluate_trace(plan: Plan, model: Any) -> tuple[Trace, int]:
@@ -178,8 +181,7 @@ def save_phase(plan: Plan, whole: nn.Module, loading: Loading) -> Phase:
     disk = count * (pair + optimizer.state_bytes()) + 2 * pair + recipe + first + loading.kept
     extra = [*(["first values"] if first else []), *(["codes of the start"] if loading.kept else [])]
     note = ", ".join([f"the adapter, and {count} checkpoints with the optimizer's states", *extra])
-    waiting = plan.trace.waiting if plan.trace is not None else 0
-    return Phase("save", device, _host(plan, content + copies + waiting), disk, note)
+    return Phase("save", device, _host(plan, content + copies + plan.waiting), disk, note)
 
 
 def _after(plan: Plan) -> int:
@@ -262,7 +264,7 @@ class Merging:
         logits = PROMPTS * PROMPT_TOKENS * plan.model.config.get_text_config().vocab_size * 4
         on_cpu = 2 * logits if plan.device.kind == "cpu" else 0  # the reference's and the written model's are kept
         in_fp32, dense = reference.peak(plan.device, 1) + on_cpu, self.written.peak(plan.device, 1) + on_cpu
-        decides = how if in_fp32 >= dense else "the largest layer in fp32"
+        decides = f"a command of its own: {how if in_fp32 >= dense else 'the largest layer in fp32'}"
         return Phase(
             "merge", max(in_fp32, dense), _host(plan, max(self.host, 2 * logits) + self.waiting), self.disk, decides
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +31,8 @@ from .cost import JOINED
 from .devices import Device, find_device, workspaces
 from .models import Model, find_model
 from .roofline import Cost, Speed, estimate
-from .runtime import process_bytes
+from .room import UNKNOWN, Room, Short
+from .runtime import host_runtime, process_bytes
 from .standins import Untraceable
 from .step_trace import STEPS, MetaBatch, planned_trace
 from .trace import BEFORE, LOSS, UPDATE, Trace
@@ -111,7 +112,8 @@ class Phase:
 class Plan:
     """A recipe on a device. allocated, reserved, process: bytes, see the module. budget: bytes that are there.
 
-    items add up to `process`. parameters: of the base; trained: of the adapter.
+    items add up to `process`. parameters: of the base; trained: of the adapter. waiting: bytes that wait in host memory
+    beside a GPU; files: in mapped files; room: what there is for them.
     """
 
     model: Model
@@ -128,6 +130,9 @@ class Plan:
     parameters: int
     trained: int
     speed: Speed | str
+    waiting: int = 0
+    files: int = 0
+    room: Room = UNKNOWN
     phases: tuple[Phase, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -140,9 +145,28 @@ class Plan:
         return self.budget - max(self.process, *(phase.device for phase in self.phases if phase.name != "merge"), 0)
 
     @property
+    def host(self) -> int:
+        """Bytes of host memory that training takes beside a GPU; on a CPU they are the device's."""
+        if self.device.kind != "cuda":
+            return 0
+        told = (phase.host for phase in self.phases if phase.name != "merge")
+        return max(host_runtime().nbytes + self.waiting if self.waiting else 0, *told, 0)
+
+    @cached_property
+    def short(self) -> tuple[Short, ...]:
+        """What there is too little of beside the device."""
+        needs = ("host memory", self.host, self.room.host), ("disk", self.files, self.room.disk)
+        return tuple(Short(what, need, there) for what, need, there in needs if there is not None and need > there)
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are missing, on the device, in host memory and on the disk."""
+        return max(0, -self.left) + sum(short.need - short.there for short in self.short)
+
+    @property
     def verdict(self) -> str:
         """fits, barely or no."""
-        if self.left < 0:
+        if self.missing:
             return "no"
         return "barely" if self.left < self.doubt else "fits"
 
@@ -296,7 +320,7 @@ def planned(
             device, shape.tokens * accumulate, recipe.train.steps, accumulate,
         ),
         notes=(*note, *([CUDNN] if device.capability[0] in (9, 10) else []), *([EVENLY] if routed else [])),
-        seconds=seconds, trace=trace,
+        waiting=trace.waiting, files=trace.files, seconds=seconds, trace=trace,
     )  # fmt: skip
 
 
@@ -338,33 +362,6 @@ def costs_of(trace: Trace, steps: int, more: float) -> list[Cost]:
         for index, value in enumerate(row):
             sums[index] += value * (more if segment == JOINED else 1) / steps
     return [Cost(kind, dtype, *(int(value) for value in sums)) for (kind, dtype), sums in total.items()]
-
-
-def plan_stack(
-    recipe: Recipe,
-    device: Device,
-    *,
-    model: Model | None = None,
-    shape: Shape | None = None,
-    budget: int | None = None,
-    release: str = "published",
-) -> Plan:
-    """The plan of the same training by transformers + PEFT + bitsandbytes, in their usual set-up. release: published
-    (as the releases behind most published measurements) or installed. Raises QtuneError where they cannot do it."""
-    from .hf import hf_settings, hf_traced
-
-    started = time.perf_counter()
-    model = model or find_model(recipe.model)
-    shape = shape or shapes_of(recipe)[0]
-    if shape.lengths:
-        raise QtuneError(
-            "Q508", "train.packing is true, and other stacks are planned with padded micro-batches; legal: false"
-        )
-    check_shape(shape, model)
-    settings = replace(hf_settings(recipe, shape.rows, shape.length), release=release)
-    with refused_by_name(model):
-        trace, whole = hf_traced(type(model.config).from_dict(model.config.to_dict()), settings, device)
-    return planned(model, recipe, device, f"hf:{release}", shape, trace, whole, budget, time.perf_counter() - started)
 
 
 def plan(

@@ -7,18 +7,17 @@ group of the bar has a sign of its own. Numbers are bytes as GiB or MiB of 2^30 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, JustifyMethod
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from ..screen import Screen, count, duration, size
-from .breakdown import GROUPS
-from .fit import Fit, Row, Rung, peak, shown
+from .fit import Fit, Row, Rung, peak, shown, tokens_per_second
+from .layout import bar, changes, grid, phases, table, tiers
 from .plan import CLOSE, HEAP, Plan, Shape, stored_as
 from .request import Request
 from .roofline import Speed
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from .measure import Measured
     from .sweep import Sweep
 
-COLOURS = dict(zip(GROUPS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#999999"), strict=True))
-SIGNS = dict(zip(GROUPS, "█▚▞▓▒░╳", strict=True))
-ASCII_SIGNS = dict(zip(GROUPS, "#AGOaTr", strict=True))
 WORDS = {"fits": "yes", "barely": "barely", "no": "no"}
 STACKS = tuple(f"by transformers (as {of}), PEFT and bitsandbytes" for of in ("released up to 5.8", "installed"))
 VERDICTS = {"fits": "bold green", "barely": "bold yellow", "no": "bold red"}
@@ -37,7 +33,6 @@ MORE = {  # why a plan that fits may not
     "cuda": f"Less than {CLOSE:.0%} is left: whatever else uses the device may be too much.",
     "cpu": f"The C library's heap keeps gaps, and a process has been measured to take {HEAP:.0%} more than its plan.",
 }
-WIDEST = 96  # columns
 
 
 # ---- one plan
@@ -56,7 +51,7 @@ def show_plan(plan: Plan, request: Request, screen: Screen, instead: Plan | None
     screen.console.print(table(plan, screen.console))
     screen.line()
     screen.line(tiers(plan))
-    screen.line(f"The peak comes in: {plan.moment}.")
+    screen.line(f"Its peak comes in: {plan.moment}.")
     if instead is not None:
         screen.line(beside(plan, instead))
     if plan.phases:
@@ -67,8 +62,18 @@ def show_plan(plan: Plan, request: Request, screen: Screen, instead: Plan | None
     screen.line(first)
     for assumption in assumed:
         aside(assumption, screen)
-    for note in (*request.notes, *plan.notes):
+    for note in (*request.late_notes, *plan.notes, *unknown_room(plan)):
         aside(f"note: {note}", screen)
+
+
+def unknown_room(plan: Plan) -> list[str]:
+    """What is needed beside the device and cannot be compared with anything."""
+    notes = []
+    if plan.waiting and plan.room.host is None:
+        notes.append(f"{size(plan.host)} of host memory are needed; --host 32GB, say, compares that with what there is")
+    if plan.files and plan.room.disk is None:
+        notes.append(f"files of {size(plan.files)} lie in memory.folder; --disk 20GB, say, compares that with its room")
+    return notes
 
 
 def aside(text: str, screen: Screen) -> None:
@@ -115,8 +120,10 @@ def _limit(plan: Plan) -> str:
 def verdict(plan: Plan) -> Text:
     """Fits, fits barely or does not fit, and by how much."""
     most, limit = size(peak(plan)), size(plan.budget)
-    if plan.verdict == "no":
+    if plan.left < 0:
         words, rest = "Does not fit", f": {most} at the peak, {size(-plan.left)} more than {limit}."
+    elif plan.short:
+        words, rest = "Does not fit", f": {' and '.join(map(str, plan.short))}."
     else:
         words = "Fits" if plan.verdict == "fits" else "Fits barely"
         rest = f": {most} at the peak, {size(plan.left)} of {limit} stay free ({plan.left / plan.budget:.0%})."
@@ -125,10 +132,12 @@ def verdict(plan: Plan) -> Text:
     by = next((phase for phase in plan.phases if phase.device == peak(plan) > plan.process), None)
     if by is not None:
         rest += f" What takes most is not the training step, it is: {by.name}."
+    if plan.left < 0 and plan.short:
+        rest += f" It also takes {' and '.join(map(str, plan.short))}."
     merge = next((phase for phase in plan.phases if phase.name == "merge" and phase.device > plan.budget), None)
     if merge is not None and plan.verdict != "no":
-        elsewhere = ": run `qtune merge` with --device cpu" if plan.device.kind == "cuda" else ""
-        rest += f" Merging afterwards takes {size(merge.device)}{elsewhere}."
+        rest += f" Merging afterwards, a command of its own that is not counted here, takes {size(merge.device)}"
+        rest += "; run `qtune merge` with --device cpu." if plan.device.kind == "cuda" else "."
     return Text.assemble((words, VERDICTS[plan.verdict]), rest)
 
 
@@ -145,7 +154,9 @@ def show_way_out(found: Fit, request: Request, screen: Screen) -> None:
 
 def nothing_fits(found: Fit) -> Text:
     """What is missing even with every knob at its smallest."""
-    least = f"with every knob at its smallest it takes {size(peak(found.plan))}, {size(found.missing)} too much"
+    least = f"with every knob at its smallest it takes {size(peak(found.plan))}, {size(-found.plan.left)} too much"
+    if found.plan.left >= 0:
+        least = f"with every knob at its smallest it takes {' and '.join(map(str, found.plan.short))}"
     return Text.assemble(("No change of the recipe makes it fit", VERDICTS["no"]), f": {least}.")
 
 
@@ -154,106 +165,6 @@ def beside(plan: Plan, own: Plan) -> Text:
     less = peak(plan) - peak(own)
     words = f"{size(abs(less))} {'less' if less >= 0 else 'more'}"
     return Text.assemble("The same recipe in qtune: ", (f"{size(peak(own))} at the peak", "bold"), f", {words}.")
-
-
-# ---- the bar
-
-
-def bar(plan: Plan, console: Console) -> list[Text]:
-    """The groups against the limit, to scale, and a line that names the limit."""
-    signs = signs_of(console)
-    width = min(console.width, WIDEST) - 2
-    scale = max(plan.process, plan.budget)
-    ends = _cells(list(plan.groups.values()), scale, width)
-    line = Text("")
-    for group, cells in zip(GROUPS, ends, strict=True):
-        line.append(signs[group] * cells, COLOURS[group])
-    limit = min(width, round(plan.budget / scale * width))
-    free, edge = ("·", "│") if not console.options.ascii_only else (".", "|")
-    used = len(line)
-    if used < limit:
-        line.append(free * (limit - used), "dim")
-        line.append(edge, "bold")
-    else:  # the limit stands inside of what is needed
-        line = line[:limit] + Text(edge, "bold red") + line[limit:]
-    return [line, Text(size(plan.budget).rjust(limit + 1), "dim")]  # the limit is named below its edge
-
-
-def _cells(values: Sequence[int], scale: int, width: int) -> list[int]:
-    """Whole cells for each value; the ends are rounded, so that errors do not add up."""
-    cells, before, total = [], 0, 0
-    for value in values:
-        total += value
-        end = round(total / scale * width)
-        cells.append(end - before)
-        before = end
-    return cells
-
-
-def signs_of(console: Console) -> dict[str, str]:
-    """What stands for each group: one block where colours tell them apart (rich knows NO_COLOR apart from those)."""
-    if console.options.ascii_only:
-        return ASCII_SIGNS
-    coloured = console.color_system is not None and not console.no_color
-    return dict.fromkeys(GROUPS, "█") if coloured else SIGNS
-
-
-# ---- the tables
-
-
-def grid(titles: Mapping[str, JustifyMethod], wrapped: Sequence[str] = ()) -> Table:
-    """A table without lines, under bold titles; a column's cells break only if it is one of `wrapped`."""
-    made = Table.grid(padding=(0, 2))
-    for title, justify in titles.items():
-        made.add_column(justify=justify, no_wrap=title not in wrapped)
-    made.add_row(*(Text(title, "bold") for title in titles))
-    return made
-
-
-def table(plan: Plan, console: Console) -> Table:
-    """Groups with their items; the last row is the sum of all items: the peak of the process."""
-    made = Table.grid(padding=(0, 2))
-    for justify in ("left", "right", "right"):
-        made.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    signs = signs_of(console)
-    for group, total in plan.groups.items():
-        items = [item for item in plan.items if item.group == group]
-        if not items:
-            continue
-        name = Text.assemble((f"{signs[group]} ", COLOURS[group]), (group, "bold"))
-        if len(items) == 1 and items[0].name != group:  # one row says it all
-            name.append(f"  {items[0].name.removeprefix(f'{group} ')}")
-        made.add_row(name, Text(size(total), "bold"), Text(f"{total / plan.process:.1%}", "bold"))
-        for item in items if len(items) > 1 else ():
-            made.add_row(f"    {item.name}", size(item.nbytes), Text(f"{item.nbytes / plan.process:.1%}", "dim"))
-    total = sum(item.nbytes for item in plan.items)
-    made.add_row(Text("= peak of the process", "bold"), Text(size(total), "bold"), Text("100%", "bold"))
-    return made
-
-
-def changes(amount: str, words: str) -> Table:
-    """The columns of a search: a change, its peak, whether that fits, an amount of bytes, and words."""
-    titles: dict[str, JustifyMethod] = {"change": "left", "peak": "right", "fits": "left"}
-    return grid({**titles, amount: "right", words: "left"}, wrapped=("change", "fits", words))
-
-
-def tiers(plan: Plan) -> Text:
-    """Allocated, reserved, process: what the tools of torch and the driver would show."""
-    text = Text()
-    for name, nbytes, end in (
-        ("allocated", plan.allocated, ", "), ("reserved", plan.reserved, ", "), ("process", plan.process, ".")
-    ):  # fmt: skip
-        text.append(f"{name} ").append(size(nbytes), "bold").append(end)
-    return text
-
-
-def phases(plan: Plan) -> Table:
-    """The stages of the job beside the training step; a dash where nothing is taken."""
-    made = grid({"phase": "left", "device": "right", "host": "right", "disk": "right", "": "left"}, wrapped=("",))
-    for phase in plan.phases:
-        amounts = (size(n) if n else "-" for n in (phase.device, phase.host, phase.disk))
-        made.add_row(phase.name, *amounts, Text(phase.note, "dim"))
-    return made
 
 
 # ---- time
@@ -285,22 +196,23 @@ def show_fit(found: Fit, request: Request, screen: Screen) -> None:
     screen.line(f"Limit {size(request.budget)}. Each row keeps the changes above it:")
     screen.line()
     made = changes("saved", "the price")
-    made.add_row("the recipe as it is", *_peak(found.start), "", "")
+    made.add_row("the recipe as it is", *_peak(found.start), "", seconds(found.start), "")
     for rung in found.rungs:
-        made.add_row(*_rung(rung))
+        made.add_row(*_rung(rung, found.start))
     screen.console.print(made)
     back = [rung.level.words for rung in found.rungs if not rung.kept]
     screen.line()
     if back:
         screen.line(f"Taken back, for it fits without: {', '.join(back)}.")
-    fits = found.plan.process <= found.plan.budget  # the step; of a phase that takes more, the verdict tells
+    step = replace(found.plan, phases=())  # of a phase that takes more, the verdict tells
+    fits = step.verdict != "no"
     screen.line(verdict(found.plan) if fits else nothing_fits(found))
     if found.plan.verdict != "no" and found.change:
         screen.line()
         screen.line(paste(found, request), "bold")
     elif found.plan.verdict != "no":
         screen.line("Nothing has to be changed.")
-    for note in (*request.notes, *found.plan.notes):
+    for note in (*request.late_notes, *found.plan.notes, *unknown_room(found.plan)):
         aside(f"note: {note}", screen)
 
 
@@ -309,11 +221,25 @@ def _peak(plan: Plan) -> tuple[Text, Text]:
     return Text(size(peak(plan)), style), Text(WORDS[plan.verdict], style)
 
 
-def _rung(rung: Rung) -> Iterable[Text]:
+def seconds(plan: Plan) -> str:
+    """Of a step, by the time model."""
+    return "unknown" if isinstance(plan.speed, str) or plan.speed.seconds is None else f"{duration(plan.speed.seconds)}"
+
+
+def slower(plan: Plan, than: Plan) -> str:
+    """How much more time a token takes, by the time model: +12%."""
+    now, before = tokens_per_second(plan), tokens_per_second(than)
+    if not (now and before):
+        return "unknown"
+    more = before / now - 1
+    return "same" if abs(more) < 0.005 else f"{more:+.0%}"
+
+
+def _rung(rung: Rung, start: Plan) -> Iterable[Text]:
     style = "" if rung.kept else "dim"
     words = rung.level.words + ("" if rung.kept else " (taken back)")
     saved = Text(size(rung.saved), style)
-    return Text(words, style), *_peak(rung.plan), saved, Text(rung.level.cost, "dim")
+    return Text(words, style), *_peak(rung.plan), saved, Text(slower(rung.plan, start)), Text(rung.level.cost, "dim")
 
 
 def paste(found: Fit, request: Request) -> str:
@@ -323,7 +249,9 @@ def paste(found: Fit, request: Request) -> str:
     if request.source is None:
         words = ["plan", "--model", request.recipe.model, "--device", request.device.key]
         if request.budget != request.device.memory:
-            words += ["--budget", f"{request.budget}B"]
+            words += ["--budget", request.typed.get("budget", f"{request.budget}B")]
+        beside = [name for name in ("host", "disk") if name in request.typed]
+        words += [word for name in beside for word in (f"--{name}", request.typed[name])]
     return " ".join(shlex.quote(word) for word in ("qtune", *words, *given, *shown(found.change)))
 
 
@@ -332,23 +260,33 @@ def show_explained(start: Plan, rows: Sequence[Row], request: Request, screen: S
     for line in head(start):
         screen.line(line)
     screen.line()
-    screen.line(f"Limit {size(request.budget)}. One change at a time, from the recipe as it is:")
+    screen.line(f"Limit {size(request.budget)}. One change at a time, from the recipe as it is; time is for a token:")
     screen.line()
     made = changes("difference", "")
     shown_start = False
     for row in rows:
         if not shown_start and (row.difference > 0 or row.plan is None):
-            made.add_row(Text("the recipe as it is", "bold"), *_peak(start), "", "")
+            made.add_row(Text("the recipe as it is", "bold"), *_peak(start), "", seconds(start), "a step")
             shown_start = True
         if row.plan is None:
-            made.add_row(Text(row.words, "dim"), "-", "", "", Text(row.cost, "dim"))
+            made.add_row(Text(row.words, "dim"), "-", "", "", "", Text(row.cost, "dim"))
         else:
-            made.add_row(row.words, *_peak(row.plan), difference(row.difference), Text(row.cost, "dim"))
+            much = difference(row.difference), slower(row.plan, start)
+            made.add_row(row.words, *_peak(row.plan), *much, Text(_paid(row, start), "dim"))
     if not shown_start:
-        made.add_row(Text("the recipe as it is", "bold"), *_peak(start), "", "")
+        made.add_row(Text("the recipe as it is", "bold"), *_peak(start), "", seconds(start), "a step")
     screen.console.print(made)
-    for note in request.notes:
+    if not tokens_per_second(start):
+        aside(speed_lines(start.speed, request)[0].plain, screen)
+    for note in request.late_notes:
         aside(f"note: {note}", screen)
+
+
+def _paid(row: Row, start: Plan) -> str:
+    """What a change costs in words, and what it takes more of beside the device."""
+    assert row.plan is not None
+    more = ("host", row.plan.waiting - start.waiting), ("disk", row.plan.files - start.files)
+    return ", ".join([row.cost, *(f"{difference(nbytes)} {where}" for where, nbytes in more if nbytes)])
 
 
 def difference(nbytes: int) -> str:
@@ -381,5 +319,5 @@ def show_measured(found: Measured, request: Request, screen: Screen) -> None:
     screen.console.print(made)
     screen.line()
     aside(f"weights: {found.weights}", screen)
-    for note in (*request.notes, *found.notes):
+    for note in (*request.late_notes, *found.notes):
         aside(f"note: {note}", screen)

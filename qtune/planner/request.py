@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import ceil
 from pathlib import Path
@@ -31,6 +31,7 @@ from .devices import Device, find_device
 from .models import Model, find_model
 from .plan import Plan, Shape, check_shape, packed_row, plan_recipe, shapes_of, worst_of
 from .roofline import measured
+from .room import UNKNOWN, Room, room_of
 
 STACKS = ("qtune", "hf", "hf:installed")
 SHORTCUTS = {"batch": "train.micro_batch", "seq": "data.max_length", "rank": "adapter.rank"}  # option -> key
@@ -112,7 +113,8 @@ def _most_trained(cut: list[tuple[int, int]], capacity: Capacity) -> int:
 class Request:
     """What to plan. budget: bytes, the device's memory or what the user allows. source: the recipe's file, None for
     --model; changes: KEY=VALUE as the user gave them. lengths: of the data, where it was read; known: the recipe's own
-    micro-batch, where another has found it."""
+    micro-batch, where another has found it; room: host memory and disk, where they are known; first_note: the one of
+    `notes` that is told before all else, how a device was chosen; typed: the options' sizes as the user wrote them."""
 
     recipe: Recipe
     model: Model
@@ -124,6 +126,14 @@ class Request:
     lengths: Lengths | None = None
     notes: tuple[str, ...] = ()
     known: Shape | None = None
+    room: Room = UNKNOWN
+    first_note: str = ""
+    typed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def late_notes(self) -> tuple[str, ...]:
+        """The notes that are not told before all else."""
+        return tuple(note for note in self.notes if note != self.first_note)
 
     def shapes(self, recipe: Recipe | None = None) -> tuple[Shape, ...]:
         """The largest micro-batches of the recipe, or of a changed one; the first has the most tokens."""
@@ -148,12 +158,12 @@ class Request:
     def plan(self, recipe: Recipe | None = None, stack: str | None = None) -> Plan:
         """The plan of the recipe, or of a changed one, for the micro-batch that takes the most."""
         recipe, stack = recipe or self.recipe, stack or self.stack
-        return worst_of(self._plan(recipe, stack, shape) for shape in self.shapes(recipe))
+        return replace(worst_of(self._plan(recipe, stack, shape) for shape in self.shapes(recipe)), room=self.room)
 
     def _plan(self, recipe: Recipe, stack: str, shape: Shape) -> Plan:
         if stack == "qtune":
             return plan_recipe(recipe, self.device, model=self.model, shape=shape, budget=self.budget)
-        from .plan import plan_stack
+        from .hf import plan_stack
 
         release = "installed" if stack.endswith(":installed") else "published"
         return plan_stack(recipe, self.device, model=self.model, shape=shape, budget=self.budget, release=release)
@@ -181,7 +191,9 @@ def read_request(args: argparse.Namespace) -> Request:
     source = None if _is_change(args.recipe) else args.recipe
     recipe = _tried(lambda: _recipe(args, source, pairs, faults), faults)
     device = _tried(lambda: _device(args.device, recipe, notes), faults)
+    chosen = notes[:1]
     limit = _tried(lambda: _limit(args, recipe), faults)
+    room = _tried(lambda: _room(args, recipe, device), faults)
     if args.stack not in STACKS:
         faults.append(str(one_of("stack", args.stack, STACKS)))
     elif args.stack != "qtune" and (args.fit is not None or args.explain or args.measure):
@@ -202,7 +214,8 @@ def read_request(args: argparse.Namespace) -> Request:
     lengths = None if args.seq is not None else _lengths(recipe, model, notes)
     return Request(
         recipe=recipe, model=model, device=device, budget=limit or device.memory, stack=args.stack, source=source,
-        changes=tuple(_given(args, pairs)), lengths=lengths, notes=tuple(notes),
+        changes=tuple(_given(args, pairs)), lengths=lengths, notes=tuple(notes), room=room or UNKNOWN,
+        first_note=chosen[0] if chosen else "", typed=_typed(args),
     )  # fmt: skip
 
 
@@ -242,6 +255,11 @@ def _recipe(args: argparse.Namespace, source: str | None, pairs: list[str], faul
             faults.append(f"--{name} is {value}; legal: {low} or more")
     tree: Any = {"model": args.model} if source is None else Path(source)
     recipe = Recipe.load(tree, pairs, training=False)
+    if args.batch is not None and recipe.train.micro_tokens is not None and not recipe.train.packing:
+        faults.append(
+            f"--batch is {args.batch} and train.micro_tokens is {recipe.train.micro_tokens}; legal: one of the two "
+            "(train.micro_tokens=null)"
+        )
     late: dict[str, Any] = {}
     if args.scheme is not None:
         late["scheme"] = scheme_tree(recipe, args.scheme)
@@ -296,6 +314,22 @@ def _limit(args: argparse.Namespace, recipe: Recipe | None) -> int | None:
         raise QtuneError("Q102", "--budget is empty; legal: a size such as 24GB")
     budget = getattr(recipe, "budget", None)
     return parse_size(budget, "budget") if budget else None
+
+
+def _typed(args: argparse.Namespace) -> dict[str, str]:
+    given = {"budget": args.budget or args.fit, "host": args.host, "disk": args.disk}
+    return {name: text for name, text in given.items() if text}
+
+
+def _room(args: argparse.Namespace, recipe: Recipe | None, device: Device | None) -> Room:
+    """What there is beside the device, as the options say, else as this machine has it."""
+    host, disk = (parse_size(text, f"--{name}") if (text := getattr(args, name)) else None for name in ("host", "disk"))
+    if host is not None and device is not None and device.kind == "cpu":
+        raise QtuneError(
+            "Q103", f"--host {args.host} is the memory beside a GPU, and the device is cpu; legal: --budget SIZE"
+        )
+    here = room_of(recipe, device) if recipe is not None and device is not None else UNKNOWN
+    return Room(host or here.host, disk or here.disk, "" if disk else here.folder)
 
 
 # ---- data
@@ -355,4 +389,5 @@ def request_of(recipe: Recipe, device: Device, budget: int, data: Shape | Length
         sizes = known.lengths or (known.length,) * known.rows
         data = Lengths(tuple((n, min(-(known.trained // -len(sizes)), n - 1)) for n in sizes if n > 1))
     lengths = data if isinstance(data, Lengths) else None
-    return Request(recipe, find_model(recipe.model), device, budget, lengths=lengths, known=known)
+    room = room_of(recipe, device)
+    return Request(recipe, find_model(recipe.model), device, budget, lengths=lengths, known=known, room=room)

@@ -3,8 +3,8 @@
 An op class takes max(FLOP / (share of the peak), bytes / (share of the bandwidth)) + launches x overhead; the step is
 the sum of its classes. The shares and the overhead are the constants below with their sources. They are the same for
 every device, and `ANCHORS` says how far off published runs are. What waits in host memory is copied beside the
-computation: a step takes as long as the slower of the two. Left out: the data loader, saving, evaluation, clocks below
-boost, and that a GPU may run one kernel beside another.
+computation, and mapped files are read and written beside it: a step takes as long as the slowest of the three. Left
+out: the data loader, saving, evaluation, clocks below boost, and that a GPU may run one kernel beside another.
 A device without known throughput or bandwidth gets no estimate: `Speed.reason` says why.
 """
 
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..screen import duration
+from ..screen import duration, size
 from ..speed import seconds
-from .cost import LINK
+from .cost import LINK, READ, WRITTEN
 from .devices import Device
 
 # Share of the peak by op class; the others compute without tensor cores, at fp32's rate.
@@ -32,6 +32,9 @@ BANDWIDTH_SHARE = 0.85
 # Between the 0.9 us of a kernel that waits in a queue and the 6.7 us of one that is waited for (NVIDIA, "Getting
 # Started with CUDA Graphs"); eager training is near the second, since torch dispatches every op.
 LAUNCH = 5e-6
+# Bytes/s of a disk, which nobody asks: of an NVMe SSD behind PCIe 3, whose datasheets say up to 3.5e9 read and 1.5e9 to
+# 3e9 written; a SATA SSD moves 0.5e9. Files that the system can keep in free memory are not read from the disk at all.
+DISK = 2e9
 PACKED = "uint8"  # the dtype of packed weights
 ANCHORS = (
     "six published runs of fused stacks (torchtune, Unsloth; 3B to 8B on an RTX 4090 and an A100) come out at 0.74 to "
@@ -62,7 +65,8 @@ class Speed:
     """An estimate of one optimizer step. `seconds` is None where there is none; `reason` then says why.
 
     tokens_per_second; run_seconds: of all steps, None if their number is not known; shares: of the time, by op class,
-    the largest first; bound: what most of the time goes to: "compute", "memory bandwidth" or "launches".
+    the largest first; bound: what most of the time goes to: "compute", "memory bandwidth", "launches", or what all else
+    waits for: the copies or the disk. read, written: bytes of mapped files.
     """
 
     seconds: float | None = None
@@ -72,14 +76,18 @@ class Speed:
     bound: str = ""
     assumptions: list[str] = field(default_factory=list)
     reason: str = ""
+    read: int = 0
+    written: int = 0
 
 
 def estimate(
     costs: Sequence[Cost], device: Device, tokens: int, steps: int | None = None, micro_batches: int = 1
 ) -> Speed:
     """The speed of a step with these costs. tokens: of one step, all its micro-batches; steps: of the run."""
+    read, written = (sum(cost.nbytes for cost in costs if cost.op == op) for op in (READ, WRITTEN))
+    costs = [cost for cost in costs if cost.op not in (READ, WRITTEN)]
     if reason := _unknown(costs, device, tokens):
-        return Speed(reason=reason)
+        return Speed(reason=reason, read=read, written=written)
     links = [cost for cost in costs if cost.op == LINK and device.link]
     copied = sum(cost.nbytes for cost in links) / (device.link or 1.0)
     weights = sum(cost.nbytes for cost in links if cost.dtype == PACKED) / (device.link or 1.0)
@@ -91,17 +99,35 @@ def estimate(
         by_bound["compute" if compute > memory else "memory bandwidth"] += max(compute, memory)
         by_bound["launches"] += launches
     alone = sum(by_class.values())
-    total = max(alone, copied)
-    if copied > alone:
-        by_class, by_bound = {LINK: copied}, {LINK: copied}
+    waits = {LINK: copied, "disk": (read + written) / DISK}
+    total = max(alone, *waits.values())
+    if total > alone:
+        slowest = max(waits, key=lambda op: waits[op])
+        by_class, by_bound = {slowest: total}, {slowest: total}
     return Speed(
         seconds=total,
         tokens_per_second=tokens / total,
         run_seconds=None if steps is None else steps * total,
         shares={op: by_class[op] / total for op in sorted(by_class, key=lambda op: -by_class[op])},
         bound=max(by_bound, key=lambda bound: by_bound[bound]),
-        assumptions=[*_assumptions(costs, device), *_copies(device, copied, weights, alone, tokens // micro_batches)],
-    )
+        assumptions=[
+            *_assumptions(costs, device), *_copies(device, copied, weights, alone, tokens // micro_batches),
+            *_files(read, written, alone),
+        ],
+        read=read,
+        written=written,
+    )  # fmt: skip
+
+
+def _files(read: int, written: int, alone: float) -> list[str]:
+    """What mapped files cost beside the computation; bytes and seconds of a step."""
+    if not read + written:
+        return []
+    taken = (read + written) / DISK
+    return [
+        f"files: {size(read)} read and {size(written)} written a step, {duration(taken)} at {DISK / 1e9:g} GB/s "
+        f"(taken, of an NVMe SSD), beside {duration(alone)} of computing; less where free memory holds them"
+    ]
 
 
 def _copies(device: Device, copied: float, weights: float, alone: float, tokens: int) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..loss import loss_options
-from ..memory import HOST
+from ..memory import DISK, HOST
 from ..memory.layers import device_of, layers_of
 from ..memory.stream import store_of
 from ..memory.table import table_on_host
@@ -150,7 +150,8 @@ def _gradients(
     tracer = _tracer(device, "meta", answers(batches[0].trained, batches[0].padded, device))
     with without_collector(), on_meta(device):
         _adopt(tracer, model, batches[0])
-        tracer.trace.costs.waiting()  # of the whole model, these are counted there
+        for there in (HOST, DISK):
+            tracer.trace.costs.waiting(there)  # of the whole model, these are counted there
         with tracer:  # the states that an update in the backward finds
             step = TrainStep(language, optimizer_of(model, keys, memory, torch.device(device.kind)), clip=keys.clip)
         first = len(tracer.trace.events)
@@ -195,7 +196,8 @@ def _steps(
 ) -> Trace:
     """Two steps of the whole model: `gradients` is the first half of each, the second half is traced here."""
     tracer = _tracer(device, "meta", answers(batches[0].trained, batches[0].padded, device))
-    joined, waiting = Joined(tracer.trace), gradients.costs.waiting()
+    joined = Joined(tracer.trace)
+    waiting, files = gradients.costs.waiting(), gradients.costs.waiting(DISK)
     trained = [(name, parameter) for name, parameter in whole.named_parameters() if parameter.requires_grad]
     place(whole, memory, device)
     with without_collector(), on_meta(device):
@@ -215,5 +217,5 @@ def _steps(
                 step.update(1.0, number, STEPS, 1.0)
                 tracer.enter(Segment(AFTER))
     trace = tracer.stop()
-    trace.waiting = waiting + trace.costs.waiting()
+    trace.waiting, trace.files = waiting + trace.costs.waiting(), files + trace.costs.waiting(DISK)
     return trace

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..memory import DEVICE, HOST, making, mark, place_of
 from ..memory.cuda import pinned_bytes
+from ..memory.files import PAGE
 from .cost import Costs
 
 BEFORE, FORWARD, LOSS, BACKWARD, AFTER, UPDATE = "before", "forward", "loss", "backward", "after", "update"
@@ -60,6 +61,7 @@ class Trace:
     names: dict[int, str] = field(default_factory=dict)  # block -> the parameter that it is, or is the gradient of
     last_step: int = 0
     waiting: int = 0  # bytes of host memory beside the device
+    files: int = 0  # bytes of mapped files
 
     def peak(self) -> tuple[int, int]:
         """Most bytes alive at once, and the event at which they are (the birth that reaches them)."""
@@ -230,10 +232,11 @@ class Tracer(TorchDispatchMode):
         return block
 
     def _waits(self, storage: Any, place: str) -> None:
-        """Host memory beside the device: each storage once, as a cost of the segment that makes it."""
-        if place == HOST and not hasattr(storage, "qtune_seen"):
+        """Host memory beside the device, or a file: each storage once, as a cost of the segment that makes it."""
+        if not hasattr(storage, "qtune_seen"):
             storage.qtune_seen = True
-            self.trace.costs.wait(len(self.trace.segments) - 1, pinned_bytes(storage.nbytes()))
+            taken = pinned_bytes(storage.nbytes()) if place == HOST else -(storage.nbytes() // -PAGE) * PAGE
+            self.trace.costs.wait(len(self.trace.segments) - 1, taken, place)
 
     def _new(self, size: int, op: str, kind: str) -> int:
         trace = self.trace
