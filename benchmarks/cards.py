@@ -102,9 +102,10 @@ def told(path: Path, key: str, budget: str | None) -> str:
         raise SystemExit(f"{path}: {error}") from error
     train = next(phase for phase in phases_of(plan) if phase.name == "train")
     speed = f"{plan.speed.tokens_per_second:,.0f} tokens/s estimated" if not isinstance(plan.speed, str) else plan.speed
+    speed += f" of a whole {device.name}, of which this is a slice" if budget else ""
     return (
         f"# plan: {size(plan.process)} of {size(plan.budget)} at the peak ({size(plan.allocated)} allocated), "
-        f"{size(train.host)} of host memory;\n"
+        f"{train.host / 2**30:.1f} GiB of host memory;\n"  # the libraries' part is of the machine that plans
         f"#   {plan.shape.rows} x {plan.shape.length:,} tokens in a micro-batch, {speed}. Not measured on a card.\n"
     )
 

@@ -19,7 +19,7 @@ from .batches import Batch, Capacity, collate
 from .data import Example
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory
 from .recipe import Recipe
-from .runs import pick_device
+from .runs import away, pick_device
 from .screen import Screen, size
 from .sections import TrainKeys
 from .step import NonFinite, TrainStep
@@ -32,15 +32,50 @@ if TYPE_CHECKING:
 LESS = 0.8  # of the planned peak: what is looked for where the plan says that the recipe fits and it did not
 
 
-def within_budget(recipe: Recipe, budget: str, examples: Sequence[Example], screen: Screen) -> str:
-    """The plan in a line. Raises QtuneError where its peak is beyond the budget, with what would fit."""
-    from .planner.devices import find_device
-    from .planner.fit import refuse_beyond
-    from .planner.request import lengths_of
+def check_room(recipe: Recipe, examples: Sequence[Example], screen: Screen) -> None:
+    """Tell the plan beside the budget, where there is one. Raises QtuneError, with what would fit, where the plan's
+    peak is beyond it, and where what waits in host memory or on the disk is more than there is."""
+    from .planner.fit import peak, refuse_beyond
+    from .planner.request import lengths_of, request_of
 
-    device = find_device(str(pick_device(recipe.device)))
-    plan = refuse_beyond(recipe, parse_size(budget), device, shape=lengths_of(examples), screen=screen)
-    return f"plan  {size(plan.process)} of the budget of {budget}, for {plan.shape.source.removeprefix('data: ')}"
+    place, lengths = pick_device(recipe.device), lengths_of(examples)
+    if recipe.budget is not None:
+        device = _planned_for(place)
+        plan = refuse_beyond(recipe, parse_size(recipe.budget), device, shape=lengths, screen=screen)
+        most = peak(plan)
+        by = next((f", in the stage: {phase.name}" for phase in plan.phases if phase.device == most > plan.process), "")
+        source = plan.shape.source.removeprefix("data: ")
+        screen.line(f"plan  {size(most)} of the budget of {recipe.budget}, for {source}{by}")
+    elif away(recipe.memory, place.type):
+        try:
+            device = _planned_for(place)
+            short = request_of(recipe, device, sys.maxsize, lengths).plan().short
+        except (QtuneError, MemoryError, RuntimeError) as error:
+            screen.line(f"note: it is not known whether host memory and disk have room for this run: {error}", "yellow")
+            return
+        if short:
+            refuse_beyond(recipe, sys.maxsize, device, shape=lengths, screen=screen)
+
+
+def _planned_for(place: torch.device) -> Device:
+    from .planner.devices import find_device
+
+    return find_device(str(place))
+
+
+def over_budget(recipe: Recipe, device: torch.device) -> str:
+    """By how much the process has gone beyond the recipe's budget, in words; empty where it has not."""
+    if recipe.budget is None:
+        return ""
+    taken, budget = peak_memory(device), parse_size(recipe.budget)
+    if device.type == "cuda":
+        taken = torch.cuda.max_memory_reserved(device) + _planned_for(device).context
+    if taken <= budget:
+        return ""
+    return (
+        f"the process has taken {size(taken)}, {size(taken - budget)} more than the budget of {recipe.budget}: a "
+        "smaller one leaves room for what no plan knows"
+    )
 
 
 # ---- the dry step

@@ -351,8 +351,11 @@ class _Reader:
         """micro_batch is there by default; where micro_tokens is given it must not be, and is null. Packed rows are
         counted in tokens alone."""
         if train.micro_tokens is None:
-            rows = train.micro_batch or TrainKeys.micro_batch
-            assert rows is not None
+            if train.micro_batch is None:
+                self.faults.append(
+                    "train.micro_batch and train.micro_tokens are both null; legal: a number for one of the two"
+                )
+            rows = train.micro_batch or 1
             if train.packing:
                 return replace(train, micro_tokens=rows * length, micro_batch=None)
             return replace(train, micro_batch=rows)

@@ -28,6 +28,8 @@ from .errors import QtuneError
 from .keys import DATA_FILE
 from .memory import DEVICE, DISK, HOST, place_of
 from .memory.cuda import settle
+from .memory.files import MappedFile
+from .memory.host import is_here
 from .memory.layers import device_of
 from .memory.stream import Store, store_of
 from .memory.table import table_on_host
@@ -41,12 +43,15 @@ from .quant.scheme import DTYPES
 from .recipe import Recipe
 from .safe_io import claimed
 from .screen import Advance, Screen, size
-from .sections import entries, moved
+from .sections import MemoryKeys, entries, moved
 from .starting import Starting, start, tell, wants
 from .state import adapter_in, run_of
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+PLACED = {  # keys of `memory` that say where something waits -> what, where nothing else tells it
+    "weights": "", "boundaries": "layers' inputs", "embeddings": "input table", "optimizer": "optimizer's states",
+}  # fmt: skip
 
 
 @dataclass
@@ -176,6 +181,31 @@ def _storage(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
 def folder_of(recipe: Recipe) -> Path:
     """Where the files of `memory` lie: in its folder, else in the run's."""
     return Path(recipe.memory.folder or recipe.output or ".").expanduser()
+
+
+def away(memory: MemoryKeys, kind: str) -> list[str]:
+    """The keys of `memory` by which something waits elsewhere than on a device of this kind."""
+    return [key for key in PLACED if not is_here(getattr(memory, key), kind)]
+
+
+def told_of_memory(recipe: Recipe, kind: str) -> str:
+    """Where things wait, but for the weights; empty where all are on the device."""
+    there = {HOST: "in host memory", DISK: f"in a file in {folder_of(recipe)}"}
+    told = [key for key in away(recipe.memory, kind) if PLACED[key]]
+    return ", ".join(f"{PLACED[key]} {there[getattr(recipe.memory, key)]}" for key in told)
+
+
+def check_files(recipe: Recipe, kind: str) -> list[str]:
+    """What of `memory` has no effect on a device of this kind, in words. Raises QtuneError, before anything is loaded,
+    where the files that it asks for cannot be made."""
+    memory, told = recipe.memory, []
+    if DISK in (memory.weights, memory.boundaries):
+        MappedFile(folder_of(recipe), "what waits on the disk").empty(1)
+    elif memory.folder is not None:
+        told.append(f"memory.folder {memory.folder} is not used: neither memory.weights nor memory.boundaries is disk")
+    if same := [key for key in PLACED if getattr(memory, key) == HOST and is_here(HOST, kind)]:
+        told.append(f"memory.{', memory.'.join(same)}: on a CPU host is the same as device")
+    return told
 
 
 def _store(recipe: Recipe, device: torch.device) -> Store | None:

@@ -29,7 +29,7 @@ from .adapters.files import (
 from .batches import Capacity, padding
 from .data import Example, load_sets, show_example
 from .errors import QtuneError
-from .headroom import peak_memory, told_out_of_memory, within_budget
+from .headroom import check_room, peak_memory, told_out_of_memory
 from .loop import Trainer, TrainResult
 from .loss import loss_options
 from .memory.layers import device_of
@@ -47,6 +47,7 @@ from .runs import (
     RECIPE,
     anchored,
     calibration_text,
+    check_files,
     folder_of,
     kept_in,
     load_base,
@@ -54,6 +55,7 @@ from .runs import (
     refuse_ranks,
     save_kept,
     start_base,
+    told_of_memory,
 )
 from .safe_io import claimed, write_text
 from .screen import Screen, size
@@ -106,13 +108,14 @@ def _train(
             "yellow",
         )
     screen.title("Data")  # first, so that a bad record is told before a large model is loaded
-    pick_device(recipe.device)
+    place = pick_device(recipe.device)
+    for note in check_files(recipe, place.type):
+        screen.line(f"note: {note}", "yellow")
     tokenizer = load_tokenizer(recipe.model)
     examples, held_out = _data(recipe, tokenizer, screen, record)
     if saved is not None:
         check_data(saved, recipe, examples, held_out)
-    if recipe.budget is not None:
-        screen.line(within_budget(recipe, recipe.budget, [*examples, *held_out], screen))
+    check_room(recipe, [*examples, *held_out], screen)
     screen.title("Load")
     model = _carrying_adapter(recipe, start_from, saved, folder, tokenizer, examples, screen)
     language = LanguageModel(model, loss_options(recipe.train, recipe.memory, device_of(model).type))
@@ -127,6 +130,8 @@ def _train(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     screen.title("Train")
     screen.line(f"adapter  {recipe.adapter.method} on {len(sites)} layers, {trained:,} trained parameters")
+    if told := told_of_memory(recipe, place.type):
+        screen.line(f"memory  {told}")
     base = base_digest(model) if saved is None else saved.info["base"]  # which was compared with this one
     checkpoints = _checkpoints(recipe, folder, model, about(recipe, examples, held_out, base))
     trainer = Trainer(
@@ -180,8 +185,8 @@ def _data(recipe: Recipe, tokenizer: Any, screen: Screen, record: Recorder) -> t
     for report in filter(None, (sets.report, sets.held_out_report)):
         screen.line(str(report))
         record.told.append(str(report))
-    _tell_rows(recipe, examples, sets.report.format, tokenizer, screen)
     Capacity.of(recipe.train).check([*examples, *held_out])
+    _tell_rows(recipe, examples, sets.report.format, tokenizer, screen)
     screen.line("first example, what is trained marked:")
     screen.line(show_example(examples[0], tokenizer, colour=screen.console.is_terminal))
     return examples, held_out

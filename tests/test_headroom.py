@@ -111,7 +111,9 @@ def test_one_of_rows_and_tokens() -> None:
         assert Recipe.load(found.to_dict(), training=False) == found
         return found.train.micro_batch, found.train.micro_tokens
 
-    assert keys() == (4, None) and keys(micro_batch=None) == (4, None)
+    assert keys() == (4, None)
+    with pytest.raises(QtuneError, match="train.micro_batch and train.micro_tokens are both null; legal: a number for"):
+        keys(micro_batch=None)
     assert keys(micro_tokens=512) == keys("train.micro_tokens=512", micro_batch=2) == (None, 512)
     assert keys("train.micro_batch=2", micro_tokens=512) == (2, None)
     with pytest.raises(QtuneError, match="train.micro_batch is 2 and train.micro_tokens is 512; legal: one of the two"):

@@ -307,6 +307,7 @@ def test_explain_has_a_row_for_every_knob_sorted_by_what_it_saves(
         "micro-batch 8": 2048, "max_length 1,024": 2048, "scheme int8": 3000, "scheme dense": 3000,
         "checkpointing off": 4 * 512 * 7,
         "input table on the host": 0, "layers' inputs on the host": 0, "layers' weights on the host": 0,
+        "layers' inputs on disk": 0, "layers' weights on disk": 0, "A frozen (LoRA-FA)": 0,
         "optimizer on the host": 0, "updates in the backward": 0, "MLPs in tiles of 512 tokens": 0,
         "loss in chunks of 128": 0, "loss in chunks of 1,024": 0, "optimizer lion": 0, "optimizer adafactor": 0,
     }  # fmt: skip

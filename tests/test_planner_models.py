@@ -228,13 +228,19 @@ def refused(name: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"), [("llama-3.1-8", "llama-3.1-8b"), ("lama-2-7b", "llama-2-7b"), ("qwen25-7b", "qwen2.5-7b")]
+    ("given", "meant"), [("llama-3.1-8c", "llama-3.1-8b"), ("lama-2-7b", "llama-2-7b"), ("qwen25-7b", "qwen2.5-7b")]
 )
 def test_a_typo_gets_its_near_match(given: str, meant: str) -> None:
     text = refused(given)
     assert f"unknown model '{given}' (did you mean '{meant}'?); legal: " in text
     assert all(name in text for name in NAMES)
     assert "a folder with config.json, a .gguf file or a hub id (owner/name)" in text
+
+
+def test_the_beginning_of_one_name_is_enough() -> None:
+    assert find_model("Mixtral").name == "mixtral-8x7b" and find_model("qwen3-30b").name == "qwen3-30b-a3b"
+    several = "llama-3.1-405b, llama-3.1-70b, llama-3.1-8b"
+    assert refused("llama-3.1") == f"model 'llama-3.1' begins the names of several; say which: {several}"
 
 
 @pytest.mark.parametrize("given", ["./nothing/here", "nothing.gguf", "a/b/c", "", "~no-such-user/x", "x" * 999])

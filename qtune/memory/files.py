@@ -11,6 +11,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
@@ -61,20 +62,38 @@ class Elsewhere:
             self.file.fetch(tensor)
 
 
+def existing(folder: Path) -> Path:
+    """A folder, or the nearest one above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(path))
+
+
+def _remove(folder: Path, there: Path) -> None:
+    """Remove a folder and those above it, up to the one that was there, as far as they are empty."""
+    with suppress(OSError):
+        for path in (folder.absolute(), *folder.absolute().parents):
+            if path == there:
+                return
+            path.rmdir()
+
+
 class MappedFile:
     """A growing file in `folder`, which no other process can change: it has no name (on Windows: a name until it is
     closed). what: the words for errors."""
 
     def __init__(self, folder: Path, what: str) -> None:
         self.folder, self.what, self.nbytes = folder, what, 0
+        there = existing(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed with the object)
         except OSError as error:
+            _remove(folder, there)
+            no_folder = isinstance(error, FileExistsError | NotADirectoryError)
+            why = "it is no folder" if no_folder else f"no file can be made there ({error.strerror or error})"
             raise QtuneError(
-                "Q901",
-                f"cannot write {what} to {folder}: {error.strerror or error}; set memory.folder to a writable folder",
+                "Q901", f"cannot write {what} to {folder}: {why}; set memory.folder to a writable folder"
             ) from error
+        weakref.finalize(self, _remove, folder, there)  # the file has no name: what is made for it stays empty
         self._maps: dict[int, tuple[mmap.mmap, int, int]] = {}  # address of a tensor -> mapping, place and bytes there
         self._mapped: mmap.mmap | None = None  # the newest mapping, of which `_used` bytes are taken
         self._used = 0
@@ -142,7 +161,7 @@ class MappedFile:
                 f"the system maps no more of {self.what} ({error.strerror}): it allows a process too few mappings "
                 f"(vm.max_map_count; {len(self._maps):,} are in use here) or too little address space",
             )
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(existing(self.folder)).free
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return QtuneError("Q901", f"cannot write {self.what} to {self.folder}: {error.strerror or error}")
         return QtuneError(

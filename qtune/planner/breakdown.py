@@ -13,7 +13,7 @@ from torch import nn
 
 from ..quant import QuantLinear
 from .devices import Device
-from .trace import BACKWARD, BEFORE, FORWARD, LOSS, UPDATE, Trace
+from .trace import BACKWARD, BEFORE, FORWARD, LOSS, SLOTS, UPDATE, Trace
 
 GROUPS = ("weights", "adapters", "gradients", "optimizer", "activations", "transient", "runtime")
 GRANULE = 512  # bytes: what CUDA's caching allocator rounds a block up to (kMinBlockSize)
@@ -67,6 +67,8 @@ def _row(trace: Trace, block: int, released: str, checkpointing: bool) -> Row:
 
 def _plain(name: str) -> str:
     """The row of what is no parameter: bitsandbytes keeps its scales as buffers."""
+    if name == SLOTS:
+        return SLOTS
     return "scales and tables" if name.rpartition(".")[2] in TABLES else "buffers and other"
 
 

@@ -1,9 +1,10 @@
 """A model's name -> its transformers configuration: what planning needs, without a weight.
 
-A name is, in this order: a .gguf file, a folder with config.json, a name of the catalogue, a hub id (of which
-config.json alone is fetched). The catalogue is `configs/models/NAME.json`: the keys of a publisher's config.json that
-make the architecture, and under `qtune` where they come from, the publisher's count of parameters, and the other hub
-ids of the same shape with the keys that differ there. In a wheel it is `qtune/_configs/models`.
+A name is, in this order: a .gguf file, a folder with config.json, a name of the catalogue or how one alone of them
+begins, a hub id (of which config.json alone is fetched). The catalogue is `configs/models/NAME.json`: the keys of a
+publisher's config.json that make the architecture, and under `qtune` where they come from, the publisher's count of
+parameters, and the other hub ids of the same shape with the keys that differ there. In a wheel it is
+`qtune/_configs/models`.
 
 `text_only` entries are the language model of a checkpoint that also holds a vision tower: they answer to their own name
 only, as loading the hub id takes more memory than they tell.
@@ -49,6 +50,11 @@ def find_model(name: str) -> Model:
         return Model(name, read_folder(path, name, weights=False).config, str(path))
     if found := _entries().get(name.lower()):
         return _from_catalogue(*found)
+    begin = sorted(one for one in catalogue() if name and one.startswith(name.lower()))
+    if len(begin) == 1:
+        return _from_catalogue(*_entries()[begin[0]])
+    if begin:
+        raise QtuneError("Q101", f"model {name!r} begins the names of several; say which: {', '.join(begin)}")
     if looks_like_hub_id(name):
         return Model(name, read_folder(_fetched(name), name, weights=False).config, f"hub id {name} (config.json only)")
     raise QtuneError("Q301", f"{one_of('model', name, known_models())}; also legal: {ALSO_LEGAL}")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
+from ..memory.files import existing
 from ..recipe import Recipe
 from ..runs import folder_of
 from ..screen import size
@@ -47,11 +47,6 @@ def room_of(recipe: Recipe, device: Device) -> Room:
         return UNKNOWN
     folder = existing(folder_of(recipe))
     return Room(_memory() if device.kind == "cuda" else None, shutil.disk_usage(folder).free, str(folder))
-
-
-def existing(folder: Path) -> Path:
-    """A folder, or the nearest one above it that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(path))
 
 
 def _memory() -> int | None:

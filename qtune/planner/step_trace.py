@@ -28,11 +28,10 @@ from ..step import LanguageModel, TrainStep
 from .devices import Device
 from .layers import extended, find_layers
 from .standins import answers, on_meta, scratch_on
-from .trace import AFTER, BEFORE, UPDATE, Joined, Segment, Trace, Tracer, followed, without_collector
+from .trace import AFTER, BEFORE, SLOTS, UPDATE, Joined, Segment, Trace, Tracer, followed, without_collector
 
 STEPS = 2
 HERE = MemoryKeys()  # everything on the device
-SLOTS = "slots of streamed layers"
 MICRO_BATCHES = 2  # of a step, at most: from the second on gradients are there, and nothing else changes
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from ..errors import QtuneError, one_of
@@ -23,6 +24,8 @@ BATCHES = (1, 2, 4, 8)
 SHORTEST, POINTS = 256, 10  # tokens; points of a line: 256 to 131,072
 BEYOND = 1.4
 STEPS = 16  # of the line between two points
+APART, CLOSE = 0.045, 1.7  # of the height; of the length: labels nearer than that would lie over each other
+WIDE = 80  # letters of a line of the title
 SUFFIXES = (".png", ".svg", ".pdf")
 GIB = 2**30
 # Okabe and Ito's, which the colour-blind tell apart, and markers that anybody does
@@ -126,8 +129,8 @@ def picture(made: Sweep) -> Any:
     axes.set_ylim(0, top)
     axes.axhspan(limit, top, color=ALARM, alpha=0.07, linewidth=0)
     axes.axhline(limit, color=ALARM, linewidth=1.4)
-    for (colour, marker), (rows, points) in zip(LINES, made.lines.items(), strict=False):
-        _line(axes, colour, marker, rows, points, top)
+    named = zip(LINES, made.lines.items(), strict=False)
+    _labels(axes, [_line(axes, *look, rows, points, top) for look, (rows, points) in named], top)
     _own(axes, made, top)
     _limit(axes, request, limit, lengths[0])
     _frame(axes, lengths)
@@ -135,17 +138,34 @@ def picture(made: Sweep) -> Any:
     return figure
 
 
-def _line(axes: Any, colour: str, marker: str, rows: int, points: list[tuple[int, int]], top: float) -> None:
+def _line(
+    axes: Any, colour: str, marker: str, rows: int, points: list[tuple[int, int]], top: float
+) -> tuple[float, float, dict[str, Any]]:
+    """Draw it. Returns where its name belongs, at the end or where it leaves the picture, and how it is written."""
     xs, ys = [n for n, _ in points], [most / GIB for _, most in points]
     axes.plot(*_between(xs, ys), color=colour, linewidth=2, zorder=3)
     axes.plot(xs, ys, color=colour, marker=marker, markersize=6, linewidth=0, markeredgecolor="white", zorder=4)
-    style = {"textcoords": "offset points", "color": colour, "weight": "bold"}
+    label = {"s": f"batch {rows}", "color": colour, "weight": "bold"}
     if ys[-1] <= top:
-        axes.annotate(f"batch {rows}", (xs[-1], ys[-1]), (9, 0), va="center", **style)
-        return
+        return xs[-1], ys[-1], label
     share = (top - ys[-2]) / (ys[-1] - ys[-2]) if len(xs) > 1 and ys[-2] < top else 0.0
     x = xs[-1] if len(xs) == 1 else xs[-2] + share * (xs[-1] - xs[-2])  # where the line leaves the picture
-    axes.annotate(f"batch {rows}", (x, top), (0, 5), ha="center", va="bottom", **style)
+    return x, top, label
+
+
+def _labels(axes: Any, ends: list[tuple[float, float, dict[str, Any]]], top: float) -> None:
+    """The names of the lines at their ends, none over another: those at the right one above the other, those above the
+    picture in two rows."""
+    lowest = -APART * top
+    for x, y, label in sorted((end for end in ends if end[1] < top), key=lambda end: end[1]):
+        lowest = max(y, lowest + APART * top)
+        axes.annotate(label.pop("s"), (x, lowest), (9, 0), textcoords="offset points", va="center", **label)
+    before, raised = 0.0, False
+    for x, _, label in sorted((end for end in ends if end[1] >= top), key=lambda end: end[0]):
+        raised = x < CLOSE * before and not raised
+        offset = (0, 17 if raised else 5)
+        axes.annotate(label.pop("s"), (x, top), offset, textcoords="offset points", ha="center", va="bottom", **label)
+        before = x
 
 
 def _between(xs: list[int], ys: list[float]) -> tuple[list[float], list[float]]:
@@ -181,7 +201,7 @@ def _own(axes: Any, made: Sweep, top: float) -> None:
 def _limit(axes: Any, request: Request, limit: float, left: int) -> None:
     whose = request.device.name if request.budget == request.device.memory else "the limit given"
     axes.annotate(
-        f"{whose}: {size(request.budget)}", (left, limit), (0, 5), textcoords="offset points",
+        f"{whose}: {size(request.budget)}", (left, limit), (0, 4), textcoords="offset points",
         color=ALARM, weight="bold", va="bottom",
     )  # fmt: skip
 
@@ -203,14 +223,15 @@ def _texts(figure: Any, made: Sweep) -> None:
     recipe, request = made.request.recipe, made.request
     rank = f" rank {recipe.adapter.options['rank']}" if "rank" in recipe.adapter.options else ""
     stack = "" if request.stack == "qtune" else f", by the stack {request.stack!r}"
-    title = f"Memory to fine-tune {request.model.name} on {request.device.name}"
-    figure.text(0.085, 0.935, title, color=INK, size=15 if len(title) < 60 else 12, weight="bold")
+    name = Path(request.model.name).name  # of a folder
+    title = "\n".join(wrap(f"Memory to fine-tune {name} on {request.device.name}", WIDE))
+    figure.text(0.085, 0.925, title, color=INK, size=15 if len(title) < 55 else 11.5, weight="bold")
     keys = recipe.train
     detail = (
         f"{stored_as(recipe)}, {recipe.adapter.method}{rank}, {keys.optimizer}, "
         f"{'checkpointing' if keys.checkpointing else 'no checkpointing'}{stack}; one line per micro-batch"
     )
-    figure.text(0.085, 0.89, detail, color=PALE, size=10.5)
+    figure.text(0.085, 0.885, detail, color=PALE, size=min(10.5, 10.5 * 110 / len(detail)))
     note = (
         "Peak of the process, all tokens trained. Marked points are traced; between them memory grows with the tokens."
     )

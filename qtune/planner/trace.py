@@ -29,6 +29,7 @@ from .cost import Costs
 
 BEFORE, FORWARD, LOSS, BACKWARD, AFTER, UPDATE = "before", "forward", "loss", "backward", "after", "update"
 
+SLOTS = "slots of streamed layers"
 SHARED = 4, 2  # uses of a gradient and of its storage, as seen from a dispatch mode, that autograd alone holds
 
 

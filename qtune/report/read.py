@@ -170,7 +170,7 @@ def _misshapen(value: Any, shape: Any, name: str) -> list[str]:
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return [f"{name or 'it'} is {shown(value)}, not an object"]
-        inner = {key: shape["*"] for key in value} if "*" in shape else shape
+        inner = dict.fromkeys(value, shape["*"]) if "*" in shape else shape
         faults = []
         for key, one in inner.items():
             known, place = key.removesuffix("?"), f"{name}.{key}".strip(".?")

@@ -25,7 +25,7 @@ from ..adapters import adapted_sites
 from ..data import Example
 from ..errors import QtuneError
 from ..evaluate import generate
-from ..headroom import peak_memory
+from ..headroom import over_budget, peak_memory
 from ..recipe import Recipe
 from ..runs import pick_device
 from ..safe_io import write_json
@@ -53,6 +53,7 @@ class Recorder:
         self.probe: list[nn.Parameter] = []
         self.before: list[torch.Tensor] = []
         self.held = 0  # bytes, by the last row
+        self.over = False  # the budget, as was told
         self.trackers: Trackers | None = None
 
     def __enter__(self) -> Recorder:
@@ -104,6 +105,9 @@ class Recorder:
             row["moved"] = self._moved()
         for advice in self.watch.see(row):
             self.screen.line(f"note: {advice}", "yellow")
+        if not self.over and (over := over_budget(self.recipe, self.device)):
+            self.over = True
+            self.screen.line(f"note: {over}", "yellow")
         if self.trackers is not None:
             self.trackers.log(row)
         return row
