@@ -23,10 +23,12 @@ from qtune.memory.boundaries import Away, Boundaries
 from qtune.memory.files import MappedFile
 from qtune.memory.layers import Layers, layers_of
 from qtune.memory.stream import Slots, Store, linears
+from qtune.memory.table import table_on_host
 from qtune.memory.tiles import tile_mlps, whole_mlps
 from qtune.model import load
 from qtune.model.layerwise import decoder_layers
 from qtune.model.skeleton import build
+from qtune.optim import optimizer_of
 from qtune.planner.devices import find_device
 from qtune.planner.plan import plan_recipe
 from qtune.planner.step_trace import MetaBatch, planned_trace, step_trace
@@ -345,8 +347,40 @@ def test_a_run_is_the_same_wherever_things_wait(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "disk").iterdir() if path.name.startswith("tmp")]
 
 
+def as_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    """On a CPU `host` is the device and does nothing: tell optimizer and table that the device is a GPU, so that they
+    do there what they do beside one. Returns the optimizers and the models that are made so."""
+    optimizers: list[Any] = []
+    models: list[Any] = []
+
+    def optimizer(model: Any, keys: TrainKeys, memory: MemoryKeys) -> Any:
+        optimizers.append(optimizer_of(model, keys, memory, torch.device("cuda")))
+        return optimizers[-1]
+
+    def table(model: Any, kind: str) -> str:
+        models.append(model)
+        return table_on_host(model, "cuda")
+
+    monkeypatch.setattr("qtune.loop.optimizer_of", optimizer)
+    monkeypatch.setattr("qtune.runs.table_on_host", table)
+    return optimizers, models
+
+
+def test_table_and_states_wait_on_the_host_and_change_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(name: str, **changes: Any) -> list[float]:
+        return train(runs_helper.recipe(tmp_path, train__steps=3, output=str(tmp_path / name), **changes)).losses
+
+    want = losses("device")
+    optimizers, models = as_beside_a_gpu(monkeypatch)
+    assert losses("host", memory__embeddings="host", memory__optimizer="host") == want
+    (one,) = optimizers
+    states = [waiting.host for bucket in one.buckets.values() for waiting in bucket.waiting.values()]
+    assert states and {place_of(state) for state in states} == {HOST}
+    assert place_of(models[0].get_input_embeddings().weight) == HOST
+
+
 @pytest.mark.slow
-def test_twenty_steps_with_every_knob(tmp_path: Path) -> None:
+def test_twenty_steps_with_every_knob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All knobs that change no arithmetic give the losses to the bit, tiles and another order of rows to a bound."""
 
     def losses(name: str, **changes: Any) -> list[float]:
@@ -354,6 +388,7 @@ def test_twenty_steps_with_every_knob(tmp_path: Path) -> None:
         return train(runs_helper.recipe(tmp_path, output=str(tmp_path / name), **settings)).losses
 
     want = losses("plain")
+    as_beside_a_gpu(monkeypatch)
     exact = {
         "memory__weights": "disk", "memory__boundaries": "disk", "memory__embeddings": "host",
         "memory__optimizer": "host", "train__update_in_backward": True, "train__dry_step": True,

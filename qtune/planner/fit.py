@@ -17,11 +17,10 @@ from ..recipe import Recipe
 from ..screen import Screen, size
 from ..starting import wants
 from .devices import Device
-from .knobs import KNOBS, LAST, Change, Knob, Level, both_ways, embeddings, to_disk
+from .knobs import KNOBS, LAST, Change, Knob, Level, both_ways, embeddings
 from .phases import load_phase
 from .plan import Plan, Shape
 from .request import Lengths, Request, request_of, with_phases
-from .room import UNKNOWN
 
 SLOWER = 0.1
 
@@ -134,14 +133,11 @@ def fit(request: Request, screen: Screen | None = None) -> Fit:
 
 
 def _hopeless(search: Search) -> Rung | None:
-    """Every knob at its strongest, as one rung, if even that does not fit. Packed embeddings may take more than they
-    save (they are unpacked to be multiplied), so it is tried without them as well; where it is known how much host
-    memory or disk there is, also without the disk."""
+    """Every knob at its strongest, as one rung, if even that is too much for the device (of host memory and disk fewer
+    knobs may take less). Packed embeddings may take more than they save (they are unpacked to be multiplied), so it is
+    tried without them as well."""
     start, tried = search.plan({}), []
-    ways: list[tuple[Knob, ...]] = [(), (embeddings,)]
-    if search.request.room != UNKNOWN:
-        ways += [(to_disk,), (to_disk, embeddings)]
-    for left_out in ways:
+    for left_out in ((), (embeddings,)):
         change: Change = {}
         for knob in KNOBS:
             recipe = search.recipe(change)
@@ -149,10 +145,10 @@ def _hopeless(search: Search) -> Rung | None:
             change |= levels[-1].change if levels else {}
         level = Level(change, "everything at its smallest", " ".join(shown(change)))
         rung = _rung(search, level, {}, start)
-        if rung is not None and rung.plan.verdict != "no":
+        if rung is not None and rung.plan.left >= 0:
             return None
         tried += [] if rung is None else [rung]
-    return min(tried, key=lambda rung: (rung.plan.missing, peak(rung.plan)), default=None)
+    return min(tried, key=lambda rung: peak(rung.plan), default=None)
 
 
 def _helps(rung: Rung, at: Plan) -> bool:

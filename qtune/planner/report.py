@@ -156,7 +156,7 @@ def nothing_fits(found: Fit) -> Text:
     """What is missing even with every knob at its smallest."""
     least = f"with every knob at its smallest it takes {size(peak(found.plan))}, {size(-found.plan.left)} too much"
     if found.plan.left >= 0:
-        least = f"with every knob at its smallest it takes {' and '.join(map(str, found.plan.short))}"
+        least = f"with the changes that help it takes {' and '.join(map(str, found.plan.short))}"
     return Text.assemble(("No change of the recipe makes it fit", VERDICTS["no"]), f": {least}.")
 
 
