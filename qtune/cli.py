@@ -19,6 +19,7 @@ from typing import Any
 
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory, one_of
 from .explain.command import options as explain_options
+from .init_command import options as init_options
 from .planner.command import options as plan_options
 from .report.command import compare_options, report_options
 from .show_data import options as data_options
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, parents=[common])
 
+    init_options(command("init", "Write a recipe that fits: three questions, or flags. Where to begin."))
     train_options(command("train", "Train an adapter as a recipe says, or go on with a run."))
     plan_options(command("plan", "Say what training will take, and whether it fits: from the model's configuration."))
     data_options(command("data", "Show what training data is made of: format, counts, tokens, what is trained."))
@@ -194,6 +196,12 @@ def _emit(args: argparse.Namespace, value: Any) -> None:
 
 
 # ---- the subcommands ----
+
+
+def _init(args: argparse.Namespace) -> None:
+    from .init_command import init
+
+    init(args, _screen(args), lambda value: _emit(args, value))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -360,6 +368,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
+    "init": _init,
     "train": _train,
     "plan": _plan,
     "data": _data,

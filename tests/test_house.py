@@ -49,8 +49,8 @@ ORDER = (
     {"headroom"},
     {"report"},
     {"loop"},
-    {"trainer", "chat", "listing", "doctor", "show_data"},
-    {"demo", "train_command"},
+    {"trainer", "chat", "listing", "doctor", "show_data", "proposal"},
+    {"demo", "train_command", "init_command"},
     {"cli"},
     {"__main__"},
 )

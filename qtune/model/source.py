@@ -70,7 +70,7 @@ def open_source(model: str | Path) -> Source:
         return read_gguf(path)
     if path.is_dir():
         return read_folder(path, str(model))
-    return read_folder(_download(str(model)), str(model))
+    return read_folder(fetched(str(model)), str(model))
 
 
 def looks_like_hub_id(model: str) -> bool:
@@ -78,13 +78,16 @@ def looks_like_hub_id(model: str) -> bool:
     return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".gguf")
 
 
-def _download(model: str) -> Path:
+def fetched(model: str, *, weights: bool = True) -> Path:
+    """The folder in the hub's cache of a hub id, fetched as far as it is not there. Raises QtuneError where it cannot
+    be reached."""
     from huggingface_hub import snapshot_download
 
     if not looks_like_hub_id(model):
         raise QtuneError("Q301", f"there is no file or folder {model!r}, and it is no hub id (owner/name)")
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT))
+        left_out = HUB_LEFT_OUT if weights else [*HUB_LEFT_OUT, "*.safetensors"]
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=left_out))
     except Exception as error:  # the hub client raises dozens of types, of three libraries
         reason = " ".join(str(error).split())[:300]
         raise QtuneError(

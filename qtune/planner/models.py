@@ -60,6 +60,12 @@ def find_model(name: str) -> Model:
     raise QtuneError("Q301", f"{one_of('model', name, known_models())}; also legal: {ALSO_LEGAL}")
 
 
+def catalogue_hub(name: str) -> str | None:
+    """The hub id that a bare name of the catalogue stands for; None for any other name."""
+    found = None if "/" in name else _entries().get(name.lower())
+    return found[1] if found else None
+
+
 def known_models() -> list[str]:
     """The names of the catalogue, sorted."""
     return sorted(catalogue())
