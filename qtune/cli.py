@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .completion import options as completion_options
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory, one_of
 from .explain.command import options as explain_options
 from .init_command import options as init_options
@@ -117,6 +118,7 @@ def _model_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> N
     sub = command("doctor", "What this machine can do, which kernel serves which op, and how fast it is here.")
     sub.add_argument("--markdown", action="store_true", help="the table of kernels as Markdown")
     sub.add_argument("--no-timing", action="store_true", help="do not time the ops (some seconds)")
+    completion_options(command("completion", "Print a script that completes commands, options and recipe keys."))
     sub = command("demo", "Fine-tune a small real model on a real task, merge, verify, talk to it.")
     sub.add_argument("--out", default="demo", metavar="DIR", help="folder for model, data and run (demo)")
     sub.add_argument("--steps", type=int, metavar="N", help="fewer or more training steps")
@@ -361,6 +363,15 @@ def _doctor(args: argparse.Namespace) -> None:
     doctor(json_out=args.json, markdown=args.markdown, measure=not args.no_timing)
 
 
+def _completion(args: argparse.Namespace) -> None:
+    from .completion import script
+
+    made = script(build_parser(), args.shell)
+    _emit(args, {"shell": args.shell, "script": made})
+    if not args.json:
+        print(made)
+
+
 def _demo(args: argparse.Namespace) -> None:
     from .demo import demo
 
@@ -383,5 +394,6 @@ COMMANDS = {
     "schemes": _schemes,
     "explain": _explain,
     "doctor": _doctor,
+    "completion": _completion,
     "demo": _demo,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -117,8 +118,9 @@ def _cut(example: Example, length: int) -> Example:
     return Example(example.input_ids[:length], example.trained[:length], example.where)
 
 
-def dry_step(step: TrainStep, batches: Sequence[Batch], accumulate: int) -> None:
+def dry_step(step: TrainStep, batches: Sequence[Batch], accumulate: int) -> list[float]:
     """Two steps over each of the batches: in the second the optimizer's states are there, as from then on in training.
+    Returns the seconds that a micro-batch of the second took, for each of the batches.
 
     Weights and random states (of the CPU and of CUDA) are afterwards as they were. The optimizer is not: it is to be
     made anew. Raises what a step that finds no memory raises.
@@ -126,15 +128,19 @@ def dry_step(step: TrainStep, batches: Sequence[Batch], accumulate: int) -> None
     parameters = step.optimizer.parameters
     device = parameters[0].device
     before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    seconds: list[float] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for batch in batches:
             micro_batches = [batch.to(device)] * min(2, accumulate)  # from the second on gradients are there
             for number in (1, 2):
+                tick = time.perf_counter()
                 with suppress(NonFinite):  # told by the step that meets it: more is trained here than in the data
                     step(micro_batches, number, 2, 0.0)
+            seconds.append((time.perf_counter() - tick) / len(micro_batches))
     with torch.no_grad():
         for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)
+    return seconds
 
 
 # ---- out of memory

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .proposal import Asked, Proposal
     from .screen import Screen
 
-COLUMN = 40  # of comments
+COLUMN = 48  # of comments, at most
 MODEL = "Model to train: a folder, a .gguf file or a hub id (owner/name)"
 DATA = "Data to learn from: a .jsonl, .json, .csv, .parquet or .txt file, a folder, or hf:owner/name"
 DEVICE = "Device to train on: a card such as rtx4090, the memory of one such as 24GB, or cpu"
@@ -199,7 +199,8 @@ def written(proposal: Proposal, heading: Sequence[str]) -> str:
     order = {row.name: index for index, row in enumerate(Recipe.keys())}
     tops = list(proposal.recipe.to_dict())
     keys = sorted(proposal.values, key=lambda key: (tops.index(key.partition(".")[0]), order.get(key, 0)))
-    lines, section = [f"# {line}" for line in heading], None
+    lines, section = [f"# {line}" for line in heading], ""
+    rows: list[tuple[int, str, str | None]] = []
     for key in keys:
         top, _, leaf = key.partition(".")
         if top != section and not (section == "model" and top == "device"):
@@ -207,9 +208,11 @@ def written(proposal: Proposal, heading: Sequence[str]) -> str:
         if leaf and top != section:
             lines.append(f"{top}:")
         section = top
-        lines.append(_line(f"  {leaf}" if leaf else top, proposal.values[key]))
-        why = proposal.why.get(key)
-        lines[-1] = f"{lines[-1]:{COLUMN}} # {why}" if why else lines[-1]
+        rows.append((len(lines), _line(f"  {leaf}" if leaf else top, proposal.values[key]), proposal.why.get(key)))
+        lines.append(rows[-1][1])
+    column = min(COLUMN, max(len(text) for _, text, _ in rows))
+    for place, text, why in rows:
+        lines[place] = f"{text:{column}}  # {why}" if why else text
     return "\n".join(lines) + "\n"
 
 

@@ -110,7 +110,7 @@ class Trainer:
         good save."""
         result = TrainResult(self.folder)
         if wants_dry_step(self.keys, self.device):  # first of all: what has no room is told before an evaluation
-            self._dry_step()
+            self.dry_step()
         if self.before is not None:
             self._restore(result, *self.before)
         elif self.held_out and self.keys.eval_at_start:
@@ -140,15 +140,17 @@ class Trainer:
             self.model.restore()
             self.model.model.eval()
 
-    def _dry_step(self) -> None:
-        """The largest micro-batches of the data once, and nothing of it left but the allocator's room."""
+    def dry_step(self) -> tuple[int, float]:
+        """The largest micro-batches of the data once, and nothing of it left but the allocator's room. Returns the
+        places of the largest, and the seconds that it takes."""
         tick, batches = time.perf_counter(), largest(self.examples, self.capacity)
         with self._training():
-            dry_step(self.train_step, batches, self.keys.accumulate)
+            seconds = dry_step(self.train_step, batches, self.keys.accumulate)
         del self.train_step  # its optimizer's states go before new ones are made
         self.train_step = self._step()
         sizes = " and ".join("{} x {}".format(*batch.input_ids.shape) for batch in batches)
         self.screen.line(f"dry step  {sizes} tokens, the largest of the data: {time.perf_counter() - tick:.1f} s")
+        return batches[0].input_ids.numel(), seconds[0]
 
     # ---- the steps
 

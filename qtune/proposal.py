@@ -135,7 +135,7 @@ def propose(asked: Asked, screen: Screen) -> Proposal:
     _model_keys(made, asked, model)
     bare = Request(Recipe.load({"model": asked.model}, training=False), model, asked.device, asked.limit)
     examples, report = _read(asked, tokenizer, positions(bare), screen)
-    _data_keys(made, asked, examples, report)
+    _data_keys(made, asked, examples, report, positions(bare))
     per_step = _amount(made, len(examples))
     for key, value, why in (
         ("lr", 2e-4, "usual for LoRA; lower it if the loss jumps"),
@@ -177,7 +177,8 @@ def _read(asked: Asked, tokenizer: Any, longest: int, screen: Screen) -> tuple[l
     return load_source(asked.data, tokenizer, keys, screen=screen)
 
 
-def _data_keys(made: _Choices, asked: Asked, examples: Sequence[Example], report: DataReport) -> None:
+def _data_keys(made: _Choices, asked: Asked, examples: Sequence[Example], report: DataReport, limit: int) -> None:
+    """limit: positions of the model."""
     number, lengths = len(examples), sorted(len(example.input_ids) for example in examples)
     made.take("data.train", asked.data, f"{report.records:,} record{'s' * (report.records != 1)} ({report.format})")
     if asked.held_out is not None:
@@ -188,8 +189,8 @@ def _data_keys(made: _Choices, asked: Asked, examples: Sequence[Example], report
         made.take("data.dedupe", True, f"{report.duplicates:,} records are equal to an earlier one")
     longest, most = lengths[-1], lengths[math.ceil(0.99 * number) - 1]
     if longest > 2 * most:  # a few long ones would make all rows long
-        longest = -(-most // ROUND) * ROUND
-    made.take("data.max_length", longest)
+        longest = most
+    made.take("data.max_length", min(-(-longest // ROUND) * ROUND, limit))
 
 
 def _amount(made: _Choices, number: int) -> int:

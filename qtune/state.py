@@ -272,8 +272,8 @@ class Checkpoints:
         for name in (TENSORS, INFO):
             copy_file(folder_of(self.run, step) / name, self.run / name)
 
-    def check_room(self, adapter: int, state: int, saves: int, keep_best: bool) -> None:
-        """Raises QtuneError where the disk has no room for what will be kept. adapter, state: bytes of a checkpoint;
+    def check_room(self, adapter: int, state: int, saves: int, keep_best: bool) -> tuple[int, int]:
+        """Bytes that will be taken, and that are there. Raises QtuneError where the disk has no room for what will be kept. adapter, state: bytes of a checkpoint;
         saves: how many are written from now on. What is new is whole before what is old goes."""
         count = min(self.keep + 1, saves) + keep_best
         there = sum(path.stat().st_size for path in (self.run / FOLDER).glob("step-*/*") if path.is_file())
@@ -285,3 +285,4 @@ class Checkpoints:
                 f"at a time of {size(adapter + state)} each, and the adapter twice. Lower train.keep (is {self.keep}), "
                 "make room, or take an output on another disk",
             )
+        return needed, free + there

@@ -26,6 +26,11 @@ def options(parser: argparse.ArgumentParser) -> None:
         "where nothing was saved yet, from the start",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a run that lies in the output folder")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check recipe, data, memory, disk and one real step, say how long it will take, and leave nothing behind",
+    )
 
 
 def train(args: argparse.Namespace, screen: Any, emit: Callable[[Any], None]) -> None:
@@ -41,6 +46,9 @@ def train(args: argparse.Namespace, screen: Any, emit: Callable[[Any], None]) ->
     from .trainer import train, way_on
 
     recipe = recipe_of(args)
+    if args.dry_run:
+        _dry_run(args, recipe, screen, emit)
+        return
     result = train(
         recipe, screen=screen, overwrite=args.overwrite, resume=args.resume,
         start_from=Path(args.start_from) if args.start_from else None,
@@ -63,6 +71,24 @@ def train(args: argparse.Namespace, screen: Any, emit: Callable[[Any], None]) ->
     })  # fmt: skip
     if result.interrupted:
         raise SystemExit(130)
+
+
+def _dry_run(args: argparse.Namespace, recipe: Any, screen: Any, emit: Callable[[Any], None]) -> None:
+    import shlex
+
+    from .dry_run import dry_run
+    from .errors import QtuneError
+    from .screen import duration
+
+    if args.resume:
+        raise QtuneError("--dry-run looks at a run that is to begin, --resume goes on with one; give one of them")
+    start = Path(args.start_from) if args.start_from else None
+    found = dry_run(recipe, screen=screen, overwrite=args.overwrite, start_from=start)
+    screen.line(f"all checked in {duration(found['took'])}, nothing was written")
+    words = [args.recipe, *args.overrides, *(["--from", args.start_from] if start else [])]
+    words += ["--overwrite"] * args.overwrite
+    screen.line(f"next:  qtune train {' '.join(map(shlex.quote, words))}")
+    emit(found)
 
 
 def recipe_of(args: argparse.Namespace) -> Any:

@@ -91,9 +91,9 @@ def train(
     folder = Path(recipe.output).expanduser()
     saved = _saved(recipe, folder, screen) if resume else None
     if saved is None and start_from is not None:
-        _check_start(recipe, start_from, folder)
+        check_start(recipe, start_from, folder)
     if saved is None and not overwrite:
-        _check_free(folder)
+        check_free(folder)
     with claimed(folder), Recorder(recipe, folder, screen) as record:
         return _train(recipe, folder, screen, start_from, saved, record)
 
@@ -117,14 +117,8 @@ def _train(
         check_data(saved, recipe, examples, held_out)
     check_room(recipe, [*examples, *held_out], screen)
     screen.title("Load")
-    model = _carrying_adapter(recipe, start_from, saved, folder, tokenizer, examples, screen)
-    language = LanguageModel(model, loss_options(recipe.train, recipe.memory, device_of(model).type))
-    language.check()
-    longest = max(len(example.input_ids) for example in (*examples, *held_out))
-    if chosen := language.choose_attention(longest, packed=recipe.train.packing):
-        screen.line(f"attention  {chosen}")
-    if recipe.train.packing:
-        language.check_apart()
+    model = carrying_adapter(recipe, start_from, saved, folder, tokenizer, examples, screen)
+    language = language_of(recipe, model, [*examples, *held_out], screen)
     torch.manual_seed(recipe.train.seed)
     sites = adapted_sites(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -133,7 +127,7 @@ def _train(
     if told := told_of_memory(recipe, place.type):
         screen.line(f"memory  {told}")
     base = base_digest(model) if saved is None else saved.info["base"]  # which was compared with this one
-    checkpoints = _checkpoints(recipe, folder, model, about(recipe, examples, held_out, base))
+    checkpoints = checkpoints_of(recipe, folder, model, about(recipe, examples, held_out, base))
     trainer = Trainer(
         language, examples, held_out, recipe.train, folder=folder, screen=screen, checkpoints=checkpoints,
         record=record, memory=recipe.memory, files=folder_of(recipe),
@@ -186,13 +180,13 @@ def _data(recipe: Recipe, tokenizer: Any, screen: Screen, record: Recorder) -> t
         screen.line(str(report))
         record.told.append(str(report))
     Capacity.of(recipe.train).check([*examples, *held_out])
-    _tell_rows(recipe, examples, sets.report.format, tokenizer, screen)
+    tell_rows(recipe, examples, sets.report.format, tokenizer, screen)
     screen.line("first example, what is trained marked:")
     screen.line(show_example(examples[0], tokenizer, colour=screen.console.is_terminal))
     return examples, held_out
 
 
-def _carrying_adapter(
+def carrying_adapter(
     recipe: Recipe, start_from: Path | None, saved: Saved | None, folder: Path, tokenizer: Any,
     examples: Sequence[Example], screen: Screen,
 ) -> Any:  # fmt: skip
@@ -212,7 +206,19 @@ def _carrying_adapter(
     return start_base(recipe, screen, calibration_text(recipe, tokenizer, screen, examples))
 
 
-def _checkpoints(recipe: Recipe, folder: Path, model: Any, same: Mapping[str, Any]) -> Checkpoints:
+def language_of(recipe: Recipe, model: Any, examples: Sequence[Example], screen: Screen) -> LanguageModel:
+    """The model as it is trained on these examples. Raises QtuneError where its architecture does not allow it."""
+    language = LanguageModel(model, loss_options(recipe.train, recipe.memory, device_of(model).type))
+    language.check()
+    longest = max(len(example.input_ids) for example in examples)
+    if chosen := language.choose_attention(longest, packed=recipe.train.packing):
+        screen.line(f"attention  {chosen}")
+    if recipe.train.packing:
+        language.check_apart()
+    return language
+
+
+def checkpoints_of(recipe: Recipe, folder: Path, model: Any, same: Mapping[str, Any]) -> Checkpoints:
     """What writes the checkpoints. same: what must be the same when the run goes on."""
     base = {"model": recipe.model, "scheme": recipe.scheme.to_dict(), "dtype": recipe.dtype}
     sites = describe_sites(model)
@@ -223,7 +229,7 @@ def _checkpoints(recipe: Recipe, folder: Path, model: Any, same: Mapping[str, An
     return Checkpoints(folder, adapter, same, recipe.train.keep)
 
 
-def _tell_rows(recipe: Recipe, examples: Sequence[Example], form: str, tokenizer: Any, screen: Screen) -> None:
+def tell_rows(recipe: Recipe, examples: Sequence[Example], form: str, tokenizer: Any, screen: Screen) -> None:
     """How full the rows are, and what the format of the records means for `qtune chat`."""
     if len(examples) > 1:
         capacity, lengths = Capacity.of(recipe.train), [len(example.input_ids) for example in examples]
@@ -257,7 +263,7 @@ def _saved(recipe: Recipe, folder: Path, screen: Screen) -> Saved | None:
     return None
 
 
-def _check_free(folder: Path) -> None:
+def check_free(folder: Path) -> None:
     """Raises QtuneError rather than train over another run."""
     if (folder / TENSORS).exists() or steps_in(folder):
         raise QtuneError(
@@ -267,7 +273,7 @@ def _check_free(folder: Path) -> None:
         )
 
 
-def _check_start(recipe: Recipe, start_from: Path, folder: Path) -> None:
+def check_start(recipe: Recipe, start_from: Path, folder: Path) -> None:
     """The adapter to start from, and its base, must be those that the recipe describes, or the new run's would lie."""
     if run_of(start_from).resolve() == folder.resolve():
         raise QtuneError(
@@ -298,16 +304,21 @@ def _check_start(recipe: Recipe, start_from: Path, folder: Path) -> None:
         )
 
 
+def check_room(trainer: Trainer, recipe: Recipe, left: int) -> tuple[int, int]:
+    """Bytes that the checkpoints of the steps that are left will take, and that are there. Raises QtuneError where that
+    is too little."""
+    adapter = sum(tensor.nbytes for tensor in adapter_tensors(trainer.model.model).values())
+    state = trainer.train_step.optimizer.state_bytes()
+    return trainer.checkpoints.check_room(adapter, state, -(left // -trainer.save_every), recipe.train.keep_best)
+
+
 def _begin(folder: Path, recipe: Recipe, trainer: Trainer, start_from: Path | None, saved: Saved | None) -> None:
     """Make the folder that of this run: its recipe, and what the start chose. What an earlier run left goes first: its
     adapter would lie beside a recipe that is not its own until the first save."""
     model, screen, step = trainer.model.model, trainer.screen, saved.step if saved else 0
     if saved is not None:
         check_schedule(saved, recipe.train, trainer.steps)
-    left = trainer.steps - step
-    adapter = sum(tensor.nbytes for tensor in adapter_tensors(model).values())
-    state = trainer.train_step.optimizer.state_bytes()
-    trainer.checkpoints.check_room(adapter, state, -(left // -trainer.save_every), recipe.train.keep_best)
+    check_room(trainer, recipe, trainer.steps - step)
     try:
         tidy(folder)
         if saved is not None:

@@ -19,8 +19,8 @@ from qtune.model import load
 from qtune.quant import NF4
 
 COMMANDS = [
-    "chat", "compare", "data", "demo", "doctor", "eval", "explain", "export", "merge", "methods", "plan", "quantize",
-    "report", "schemes", "train",
+    "chat", "compare", "completion", "data", "demo", "doctor", "eval", "explain", "export", "init", "merge", "methods",
+    "plan", "quantize", "report", "schemes", "train",
 ]  # fmt: skip
 
 
