@@ -25,9 +25,8 @@ TO_FILE = {
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The options of `qtune completion`."""
-    parser.add_argument(
-        "shell", choices=SHELLS, help="; ".join(f"{shell}: write it to {TO_FILE[shell]}" for shell in SHELLS)
-    )
+    where = "; ".join(f"{shell}: write it to {TO_FILE[shell]}" for shell in SHELLS)
+    parser.add_argument("shell", choices=SHELLS, help=where)
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
@@ -35,7 +34,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     import shtab
 
     values = {key: list(legal) for key, legal in keys()}
-    complete = {name: KEYS for name in SHELLS} | {"fish": f"({KEYS})", "preamble": _functions(values)}
+    complete = dict[str, Any](dict.fromkeys(SHELLS, KEYS)) | {"fish": f"({KEYS})", "preamble": _functions(values)}
     names = _names()
     for action in _actions(parser):
         if action.dest == "overrides" and action.metavar == "KEY=VALUE":

@@ -28,15 +28,7 @@ from .report.trackers import check_trackers
 from .runs import pick_device, refuse_ranks
 from .safe_io import claimed
 from .screen import Screen, count, duration, size
-from .trainer import (
-    carrying_adapter,
-    check_free,
-    check_room,
-    check_start,
-    checkpoints_of,
-    language_of,
-    tell_rows,
-)
+from .trainer import carrying_adapter, check_free, check_room, check_start, checkpoints_of, language_of, tell_rows
 from .units import parse_size
 
 FORWARD = 1 / 3  # of a training step's time is what an evaluation of as many tokens takes
@@ -126,9 +118,8 @@ def _output(recipe: Recipe, folder: Path, overwrite: bool, start_from: Path | No
         check_free(folder)
     with suppress(_Undone), claimed(folder):
         raise _Undone
-    return True, f"{folder} can be written to" + (
-        ", and replaces the run in it" if overwrite and folder.exists() else ""
-    )
+    replaced = ", and replaces the run in it" if overwrite and folder.exists() else ""
+    return True, f"{folder} can be written to{replaced}"
 
 
 def _trackers(recipe: Recipe) -> tuple[bool, str]:

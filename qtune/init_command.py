@@ -35,11 +35,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="NAME", help="folder, .gguf file or hub id of the model to train")
     add("--data", metavar="FILE", help="what it learns from: a data file, a folder or hf:owner/name")
     add("--eval", metavar="FILE", help="held-out data to measure on; default: a part of --data")
-    add(
-        "--device",
-        metavar="NAME",
-        help="a card such as rtx4090, a size such as 24GB, cpu, cuda; default: this machine's",
-    )
+    add("--device", metavar="NAME", help="a card such as rtx4090, a size such as 24GB, or cpu; default: this machine's")
     add("--budget", metavar="SIZE", help="memory that may be used, such as 8GB; default: all of the device's")
     add("--out", metavar="FILE", default="recipe.yaml", help="the recipe to write (recipe.yaml)")
     add("--yes", action="store_true", help="ask nothing: what is not given takes its default")
@@ -182,8 +178,9 @@ def _heading(proposal: Proposal, out: Path) -> list[str]:
     from .screen import size
 
     plan, file = proposal.plan, shlex.quote(str(out))
+    most = f"{size(peak(plan))} of {size(plan.budget)}"
     return [
-        f"Made by `qtune init` for {plan.device.name}: {size(peak(plan))} of {size(plan.budget)} at the peak, by the plan.",
+        f"Made by `qtune init` for {plan.device.name}. By the plan it takes {most} at the peak.",
         f"  qtune data {file}                 what is learned, in colour",
         f"  qtune plan {file} --explain       what each knob saves or costs",
         f"  qtune train {file} --dry-run      checks everything, trains nothing",

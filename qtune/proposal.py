@@ -136,6 +136,8 @@ def propose(asked: Asked, screen: Screen) -> Proposal:
     bare = Request(Recipe.load({"model": asked.model}, training=False), model, asked.device, asked.limit)
     examples, report = _read(asked, tokenizer, positions(bare), screen)
     _data_keys(made, asked, examples, report, positions(bare))
+    if report.format in ("prompt", "alpaca") and tokenizer.chat_template:
+        made.why["data.train"] += ", learned without the chat template that `qtune chat` uses"
     per_step = _amount(made, len(examples))
     for key, value, why in (
         ("lr", 2e-4, "usual for LoRA; lower it if the loss jumps"),
@@ -214,9 +216,8 @@ def _counts(made: _Choices, recipe: Recipe, sets: Sets) -> None:
     for key, why in (("data.split", "examples are held out to measure on"), ("data.eval", "examples to measure on")):
         if key in made.values:
             made.why[key] = f"{held:,} {why}"
-    made.why["train.warmup"] = (
-        f"part of the run: the rate rises for {max(1, round(recipe.train.warmup * steps)):,} of it"
-    )
+    rises = max(1, round(recipe.train.warmup * steps))
+    made.why["train.warmup"] = f"the part in which the rate rises: {rises:,} step{'s' * (rises != 1)}"
 
 
 # ---- what fits
@@ -241,7 +242,7 @@ def _fitted(made: _Choices, request: Request, per_step: int, screen: Screen) -> 
     made.why["train.accumulate"] = "micro-batches in a step" + "; one of all examples would not fit" * (accumulate > 1)
     if plan.recipe.train.packing:
         made.why["train.packing"] = f"examples end to end; padded, {empty_part:.0%} of a micro-batch would be padding"
-        made.why["train.micro_tokens"] = f"of a row: about {_in_row(plan.recipe, lengths):.0f} examples"
+        made.why["train.micro_tokens"] = f"tokens of a row: about {_in_row(plan.recipe, lengths):.0f} examples"
     else:
         made.why["train.micro_batch"] = f"example{'s' * (plan.recipe.train.micro_batch != 1)} at a time; {why}"
     if plan.verdict != "fits":
@@ -251,9 +252,8 @@ def _fitted(made: _Choices, request: Request, per_step: int, screen: Screen) -> 
     plan = with_phases(plan)
     if plan.verdict == "no":
         raise _too_large(plan)
-    made.why["adapter.method"] = (
-        f"trains {count(plan.trained)} beside {count(plan.parameters)}; `qtune methods`: others"
-    )
+    part = f"{count(plan.trained)} trained parameters, {plan.trained / plan.parameters:.1%} of the model's"
+    made.why["adapter.method"] = f"{part}; `qtune methods` lists others"
     return plan
 
 

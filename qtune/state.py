@@ -273,8 +273,8 @@ class Checkpoints:
             copy_file(folder_of(self.run, step) / name, self.run / name)
 
     def check_room(self, adapter: int, state: int, saves: int, keep_best: bool) -> tuple[int, int]:
-        """Bytes that will be taken, and that are there. Raises QtuneError where the disk has no room for what will be kept. adapter, state: bytes of a checkpoint;
-        saves: how many are written from now on. What is new is whole before what is old goes."""
+        """Bytes that are needed, and that are there. adapter, state: bytes of a checkpoint; saves: how many are written
+        from now on. What is new is whole before what is old goes. Raises QtuneError where the disk has no room."""
         count = min(self.keep + 1, saves) + keep_best
         there = sum(path.stat().st_size for path in (self.run / FOLDER).glob("step-*/*") if path.is_file())
         needed, free = count * (adapter + state) + 2 * adapter, shutil.disk_usage(self.run).free

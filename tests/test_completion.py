@@ -27,13 +27,15 @@ def completed(text: str, words: str, folder: Path) -> list[str]:
     assert BASH is not None
     split = words.replace("=", " = ").split() + [""] * (words.endswith(" "))
     array = " ".join(f"'{word}'" for word in split)
-    ask = (
-        f"{text}\nCOMP_WORDS=({array}); COMP_CWORD={len(split) - 1}\n_qtune qtune\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
-    )
-    done = subprocess.run(
-        [BASH, "--norc", "-c", ask], cwd=folder, capture_output=True, text=True, timeout=60, check=True
-    )
-    return [line for line in done.stdout.splitlines() if line]
+    ask = f"COMP_WORDS=({array}); COMP_CWORD={len(split) - 1}\n_qtune qtune\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
+    return [line for line in bash(f"{text}\n{ask}", folder).splitlines() if line]
+
+
+def bash(text: str, folder: Path) -> str:
+    assert BASH is not None
+    done = subprocess.run([BASH, "--norc", "-c", text], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert not done.stderr, done.stderr
+    return done.stdout
 
 
 @pytest.mark.skipif(BASH is None, reason="no bash")
@@ -41,11 +43,7 @@ def test_bash_completes(scripts: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("model: x\n")
     (tmp_path / "run").mkdir()
     text = scripts["bash"]
-    assert BASH is not None
-    shown = subprocess.run(
-        [BASH, "--norc", "-c", f"{text}\ncomplete -p qtune"], capture_output=True, text=True, timeout=60
-    )
-    assert "-F _qtune qtune" in shown.stdout, shown.stderr
+    assert "-F _qtune qtune" in bash(f"{text}\ncomplete -p qtune", tmp_path)
     for words, wanted in {
         "qtune tr": ["train"],
         "qtune train my": ["my.yaml"],
@@ -65,7 +63,8 @@ def test_bash_completes(scripts: dict[str, str], tmp_path: Path) -> None:
 
 def test_every_key_is_completed(scripts: dict[str, str]) -> None:
     found = dict(keys())
-    sections = {row.name for row in Recipe.keys()} - {"adapter", "scheme"}
+    rows = Recipe.keys()
+    sections = {row.name for row in rows} - {"adapter", "scheme"}
     assert sections <= set(found) and set(found["adapter.method"]) == set(METHODS)
     assert {"adapter.rank", "scheme.block"} <= set(found)
     for shell, text in scripts.items():

@@ -78,23 +78,19 @@ def test_a_recipe_that_trains_just_so(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / found["output"] / "adapter.safetensors").is_file()
 
 
-def test_every_value_is_legal_and_says_why(run: Run, tmp_path: Path) -> None:
-    run("init", "--model", "model", "--data", task(tmp_path, 40), "--yes", "--budget", "2GB", "--out", "my recipe.yaml")
+def test_every_value_is_legal_and_says_why_and_nothing_is_replaced_without_force(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "my recipe.yaml").write_text("mine")
+    given = ("--model", "model", "--data", task(tmp_path, 40), "--yes", "--budget", "2GB", "--out", "my recipe.yaml")
+    assert "my recipe.yaml is there already" in run("init", *given, code=1)[1]
+    assert (tmp_path / "my recipe.yaml").read_text() == "mine"
+    run("init", *given, "--force")
     text = (tmp_path / "my recipe.yaml").read_text()
     recipe = Recipe.load(tmp_path / "my recipe.yaml")
-    assert recipe.budget == "2GB" and recipe.data.split is None, "40 are too few to hold some out"
+    assert recipe.budget == "2GB" and recipe.train.epochs == 3
+    assert recipe.data.split is None, "40 are too few to hold some out"
     rows = [line for line in text.splitlines() if ": " in line and not line.startswith("#")]
     bare = [line.split(":")[0].strip() for line in rows if "  # " not in line]
     assert bare == ["seed"], "a value without a reason"
-
-
-def test_nothing_is_replaced_without_force(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("mine")
-    given = ("init", "--model", "model", "--data", task(tmp_path, 8), "--yes")
-    assert "recipe.yaml is there already" in run(*given, code=1)[1]
-    assert (tmp_path / "recipe.yaml").read_text() == "mine"
-    run(*given, "--force")
-    assert Recipe.load(tmp_path / "recipe.yaml").train.epochs == 3
 
 
 def test_what_is_missing_is_named_where_nobody_can_be_asked(run: Run, tmp_path: Path) -> None:
@@ -105,9 +101,8 @@ def test_what_is_missing_is_named_where_nobody_can_be_asked(run: Run, tmp_path: 
 
 
 def test_faults_of_flags_come_at_once(run: Run, tmp_path: Path) -> None:
-    err = run("init", "--model", "no/such/model", "--data", "none.jsonl", "--device", "rtx1", "--budget", "8", code=1)[
-        1
-    ]
+    given = ("--model", "no/such/model", "--data", "none.jsonl", "--device", "rtx1", "--budget", "8")
+    err = run("init", *given, code=1)[1]
     assert "4 faults" in err and all(word in err for word in ("no/such/model", "none.jsonl", "rtx1", "no unit"))
     err = run("init", "--model", "llama-3.1-8b", "--data", task(tmp_path, 8), "--yes", code=1)[1]
     assert "can be planned" in err and "meta-llama" in err
@@ -136,18 +131,18 @@ def test_questions_are_asked_again(run: Run, tmp_path: Path, monkeypatch: pytest
     assert "no answer to: Data" in run("init", "--force", code=1)[1]
 
 
+@pytest.mark.slow
 def test_a_card_that_is_not_here_gets_a_smaller_micro_batch(run: Run, tmp_path: Path) -> None:
-    tiny.saved("gpt2", tmp_path / "wide", n_positions=4096, vocab_size=131)
+    tiny.saved("gpt2", tmp_path / "wide", n_positions=1024, vocab_size=131)
     tiny.words(tmp_path / "wide")
-    data = task(tmp_path, 400, longest=3000)
-    run("init", "--model", "wide", "--data", data, "--device", "rtx4090", "--budget", "1GB", "--yes")
+    data = task(tmp_path, 400, longest=900)
+    given = ("init", "--model", "wide", "--data", data, "--device", "rtx4090", "--yes", "--force", "--budget")
+    run(*given, "1GB")
     found = Recipe.load(tmp_path / "recipe.yaml")
     assert found.device == "cuda" and found.budget == "1GB"
     rows = (found.train.micro_batch or 0) * found.train.accumulate
     assert rows == 8 or found.train.packing, "the examples of a step are the same for every device"
-    err = run("init", "--model", "wide", "--data", data, "--device", "rtx4090", "--budget", "300MB", "--force", code=1)[
-        1
-    ]
+    err = run(*given, "300MB", code=1)[1]
     assert "cannot be trained in" in err and find_device("rtx4090").name in err
 
 
@@ -178,8 +173,10 @@ def test_dry_run_leaves_a_run_as_it_is(run: Run, recipe: Path, tmp_path: Path) -
     run("train", recipe)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert "already holds a trained adapter" in run("train", recipe, "--dry-run", code=1)[1]
-    out, _ = run("train", recipe, "--dry-run", "--overwrite")
-    assert "and replaces the run in it" in out and "nothing was written" in out
+    out, told = run("train", recipe, "--dry-run", "--overwrite", "--json")
+    assert "and replaces the run in it" in told and "nothing was written" in told
+    value = json.loads(out)
+    assert value["steps"] == 4 and value["seconds"] > 0 and len(value["checks"]) == 9
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     assert "give one of them" in run("train", tmp_path / "run", "--dry-run", "--resume", code=1)[1]
 
@@ -191,8 +188,3 @@ def test_dry_run_tells_a_full_disk(run: Run, recipe: Path, monkeypatch: pytest.M
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10, used=9, free=1))
     err = run("train", recipe, "--dry-run", code=1)[1]
     assert "disk: " in err and "has room for" in err and "1 of 9 checks" in err
-
-
-def test_dry_run_as_json(run: Run, recipe: Path) -> None:
-    value = json.loads(run("train", recipe, "--dry-run", "--json")[0])
-    assert value["steps"] == 4 and value["seconds"] > 0 and len(value["checks"]) == 9
