@@ -41,36 +41,39 @@ class _Undone(Exception):
 
 @dataclass
 class _Checks:
-    """What was looked at: (name, is it well, in words); told at once."""
+    """What was looked at: (name, the code of what is at fault, in words); told at once."""
 
     screen: Screen
-    rows: list[tuple[str, bool, str]] = field(default_factory=list)
+    rows: list[tuple[str, str | None, str]] = field(default_factory=list)
 
     def look(self, name: str, check: Callable[[], tuple[T, str]]) -> T | None:
         """What a check returns beside its words; None, noted, where it finds a fault."""
         try:
             value, words = check()
         except QtuneError as error:
-            self._tell(name, False, str(error))
+            self._tell(name, error.code, str(error))
             return None
-        self._tell(name, True, words)
+        self._tell(name, None, words)
         return value
 
-    def _tell(self, name: str, well: bool, words: str) -> None:
-        self.rows.append((name, well, words))
-        mark, style = ("✓", "green") if well else ("✗", "bold red")
+    def _tell(self, name: str, code: str | None, words: str) -> None:
+        self.rows.append((name, code, words))
+        mark, style = ("✓", "green") if code is None else ("✗", "bold red")
         first, *rest = words.splitlines() or [""]
         self.screen.line(f"{mark} {name:8}  {first}", style)
         for line in rest:
-            self.screen.line(f"            {line}", "" if well else "red")
+            self.screen.line(f"            {line}", "" if code is None else "red")
 
     def done(self) -> None:
         """Raises QtuneError where something was at fault."""
-        faults = [f"{name}: {words}" for name, well, words in self.rows if not well]
+        faults = [f"{name}: {words}" for name, code, words in self.rows if code]
+        codes = [code for _, code, _ in self.rows if code]
         if faults:
+            code = codes[0] if len(codes) == 1 else "Q111"
             raise QtuneError(
+                code,
                 f"{len(faults)} of {len(self.rows)} checks found a fault, and nothing was changed:"
-                + "".join(f"\n  {fault}" for fault in faults)
+                + "".join(f"\n  {fault}" for fault in faults),
             )
 
 
@@ -166,8 +169,9 @@ def _plan(recipe: Recipe, sets: Sets, screen: Screen) -> tuple[bool, str]:
     free = free_memory(device)
     if peak(plan) > free:
         raise QtuneError(
+            "Q502",
             f"the plan's peak is {size(peak(plan))}, and of {size(device.memory)} of {device.name} {size(free)} are "
-            "free now: end what else uses it"
+            "free now: end what else uses it",
         )
     return True, f"{size(peak(plan))} at the peak, of {size(budget)}; {size(free)} are free on {device.name} now"
 

@@ -52,7 +52,7 @@ def init(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) 
     out = Path(args.out).expanduser()
     if out.exists() and (out.is_dir() or not args.force):
         hint = "is a folder; give a file's name" if out.is_dir() else "is there already; give another --out, or --force"
-        raise QtuneError(f"{out} {hint}")
+        raise QtuneError("Q801", f"{out} {hint}")
     proposal = propose(_asked(args, screen), screen)
     text = written(proposal, _heading(proposal, out))
     write_text(out, text)
@@ -86,15 +86,17 @@ def _asked(args: argparse.Namespace, screen: Screen) -> Asked:
         missing.append("--device or --budget (or --yes for this machine)")
     if missing and not asks:
         why = "--yes asks nothing" if args.yes else "there is no terminal to ask on"
-        raise QtuneError(f"{why}, so give {', '.join(missing)}")
-    faults: list[str] = []
+        raise QtuneError("Q103", f"{why}, so give {', '.join(missing)}")
+    faults: list[QtuneError] = []
     _given(lambda: check_model(args.model), args.model, faults)
     for name in ("data", "eval"):
         _given(lambda name=name: _check_data(getattr(args, name)), getattr(args, name), faults)  # type: ignore[misc]
     device, where = _given(lambda: _device(args.device), True, faults) or (None, "")
     limit = _given(lambda: _limit(args.budget), args.budget, faults)
     if faults:
-        raise QtuneError(faults[0] if len(faults) == 1 else "\n  ".join((f"there are {len(faults)} faults:", *faults)))
+        if len(faults) == 1:
+            raise faults[0]
+        raise QtuneError("Q111", "\n  ".join((f"there are {len(faults)} faults:", *map(str, faults))))
     assert device is not None
     model = args.model or _answer(MODEL, "", check_model, screen)[0]
     data = args.data or _answer(DATA, "", _check_data, screen)[0]
@@ -107,13 +109,13 @@ def _asked(args: argparse.Namespace, screen: Screen) -> Asked:
     )  # fmt: skip
 
 
-def _given(check: Callable[[], Any], value: Any, faults: list[str]) -> Any:
+def _given(check: Callable[[], Any], value: Any, faults: list[QtuneError]) -> Any:
     """What a check of a flag returns; None, and a line in `faults`, where it is not legal, and None where it was not
     given."""
     try:
         return None if value is None else check()
     except QtuneError as error:
-        faults.append(str(error))
+        faults.append(error)
         return None
 
 
@@ -124,7 +126,7 @@ def _answer(question: str, default: str, check: Callable[[str], Any], screen: Sc
         try:
             text = screen.console.input("> ").strip()
         except EOFError as error:
-            raise QtuneError(f"no answer to: {question}") from error
+            raise QtuneError("Q102", f"no answer to: {question}") from error
         if not text and not default:
             continue
         try:

@@ -93,11 +93,14 @@ def check_model(name: str) -> Model:
         return Model(name, open_source(name).config, str(path))
     if hub := catalogue_hub(name):
         raise QtuneError(
+            "Q301",
             f"{name} is a name of the catalogue, which has no weights: it can be planned (qtune plan --model {name}). "
-            f"To train, give the hub id {hub}, a folder with safetensors files or a .gguf file"
+            f"To train, give the hub id {hub}, a folder with safetensors files or a .gguf file",
         )
     if not looks_like_hub_id(name):
-        raise QtuneError(f"there is no file or folder {name!r}; legal: a folder, a .gguf file or a hub id (owner/name)")
+        raise QtuneError(
+            "Q301", f"there is no file or folder {name!r}; legal: a folder, a .gguf file or a hub id (owner/name)"
+        )
     return find_model(name)
 
 
@@ -108,7 +111,8 @@ def _tokenizer(name: str) -> Any:
     folder = fetched(name, weights=False)
     if read_folder(folder, name, weights=False).kind == "qtune":
         raise QtuneError(
-            f"{name} is packed already, and how is told by its weights: download it, and give the folder that it is in"
+            "Q313",
+            f"{name} is packed already, and how is told by its weights: download it, and give the folder that it is in",
         )
     return load_tokenizer(folder)
 
@@ -120,7 +124,7 @@ def _stored(name: str) -> dict[str, Any] | None:
         return None
     found = names.plan(source, empty(source.config, DTYPES["bfloat16"]))
     if found.stored is None:
-        raise QtuneError(f"cannot use {name}: {'; '.join(found.faults)}")
+        raise QtuneError("Q305", f"cannot use {name}: {'; '.join(found.faults)}")
     table = found.stored_embeddings
     return found.stored.to_dict() | {"embeddings": table.to_dict() if table else None}
 
@@ -310,6 +314,7 @@ def _turned(made: _Choices, request: Request, screen: Screen) -> Plan:
 
 def _too_large(plan: Plan) -> QtuneError:
     return QtuneError(
+        "Q502",
         f"{plan.model.name} cannot be trained in {size(plan.budget)} on {plan.device.name}: with every knob at its "
-        f"smallest it takes {size(peak(plan))}; take a smaller model, or more memory (--device, --budget)"
+        f"smallest it takes {size(peak(plan))}; take a smaller model, or more memory (--device, --budget)",
     )

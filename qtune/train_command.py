@@ -81,7 +81,9 @@ def _dry_run(args: argparse.Namespace, recipe: Any, screen: Any, emit: Callable[
     from .screen import duration
 
     if args.resume:
-        raise QtuneError("--dry-run looks at a run that is to begin, --resume goes on with one; give one of them")
+        raise QtuneError(
+            "Q103", "--dry-run looks at a run that is to begin, --resume goes on with one; give one of them"
+        )
     start = Path(args.start_from) if args.start_from else None
     found = dry_run(recipe, screen=screen, overwrite=args.overwrite, start_from=start)
     screen.line(f"all checked in {duration(found['took'])}, nothing was written")

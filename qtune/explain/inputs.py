@@ -47,6 +47,10 @@ Q110 Not a size of memory
 A size needs a number and a unit, and is at least one byte.
 > Write it as 24GB, 7.5GiB or 800MB.
 
+Q111 Several faults at once
+What was looked at together has faults of several kinds.
+> Each is in the message, with what is legal in its place.
+
 = Q2: data
 
 Q201 A data file that cannot be read
