@@ -21,15 +21,15 @@ from .data.load import Sets
 from .errors import QtuneError
 from .headroom import peak_memory, told_out_of_memory
 from .loop import Trainer
-from .model import load_tokenizer
 from .recipe import Recipe
 from .report.record import Recorder
 from .report.trackers import check_trackers
-from .runs import pick_device, refuse_ranks
+from .runs import check_files, pick_device, refuse_ranks, tokenizer_of
 from .safe_io import claimed
 from .screen import Screen, count, duration, size
-from .trainer import carrying_adapter, check_free, check_room, check_start, checkpoints_of, language_of, tell_rows
+from .trainer import carrying_adapter, check_disk, check_free, check_start, checkpoints_of, language_of, tell_rows
 from .units import parse_size
+from .vocabulary import Token
 
 FORWARD = 1 / 3  # of a training step's time is what an evaluation of as many tokens takes
 T = TypeVar("T")
@@ -88,19 +88,22 @@ def dry_run(
     folder = Path(recipe.output).expanduser()
     checks.look("recipe", lambda: (True, _recipe_words(recipe)))
     device = checks.look("device", lambda: (pick_device(recipe.device), str(pick_device(recipe.device))))
+    if device is not None:
+        checks.look("memory", lambda: (True, "; ".join(check_files(recipe, device.type)) or "as the recipe says"))
     checks.look("output", lambda: _output(recipe, folder, overwrite, start_from))
     if recipe.train.trackers:
         checks.look("trackers", lambda: _trackers(recipe))
-    tokenizer = checks.look("model", lambda: _tokenizer(recipe))
-    sets = checks.look("data", lambda: _data(recipe, tokenizer, screen)) if tokenizer is not None else None
-    if sets is not None:
+    words = checks.look("model", lambda: _tokenizer(recipe))
+    sets = checks.look("data", lambda: _data(recipe, words[0], screen)) if words is not None else None
+    if sets is not None and words is not None:
+        tokenizer = words[0]
         tell_rows(recipe, sets.train, sets.report.format, tokenizer, screen)
         screen.line("first example, what is trained marked:", "dim")
         screen.line(show_example(sets.train[0], tokenizer, colour=screen.console.is_terminal))
     fits = checks.look("plan", lambda: _plan(recipe, sets, screen)) if sets is not None and device is not None else None
     found: dict[str, Any] = {}
-    if sets is not None and fits:
-        found = _step(checks, recipe, _standing(folder), tokenizer, sets, start_from, screen)
+    if sets is not None and words is not None and fits:
+        found = _step(checks, recipe, _standing(folder), words, sets, start_from, screen)
     checks.done()
     told = [{"name": name, "words": words} for name, _, words in checks.rows]
     return {"checks": told, "took": time.monotonic() - started, **found}
@@ -135,12 +138,13 @@ def _standing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
-def _tokenizer(recipe: Recipe) -> tuple[Any, str]:
-    tokenizer = load_tokenizer(recipe.model)
+def _tokenizer(recipe: Recipe) -> tuple[tuple[Any, tuple[Token, ...]], str]:
+    tokenizer, tokens = tokenizer_of(recipe)
     template = "its own chat template" if tokenizer.chat_template else "no chat template"
     if recipe.data.template:
         template = "the chat template of data.template"
-    return tokenizer, f"{recipe.model}: {len(tokenizer):,} tokens in the vocabulary, {template}"
+    rows = f", {len(tokens)} with rows of their own" if tokens else ""
+    return (tokenizer, tokens), f"{recipe.model}: {len(tokenizer):,} tokens in the vocabulary{rows}, {template}"
 
 
 def _data(recipe: Recipe, tokenizer: Any, screen: Screen) -> tuple[Sets, str]:
@@ -180,12 +184,14 @@ def _plan(recipe: Recipe, sets: Sets, screen: Screen) -> tuple[bool, str]:
 
 
 def _step(
-    checks: _Checks, recipe: Recipe, there: Path, tokenizer: Any, sets: Sets, start_from: Path | None, screen: Screen
-) -> dict[str, Any]:
-    """Load as training does and try the largest micro-batch. there: a folder for files without a name."""
+    checks: _Checks, recipe: Recipe, there: Path, words: tuple[Any, tuple[Token, ...]], sets: Sets,
+    start_from: Path | None, screen: Screen,
+) -> dict[str, Any]:  # fmt: skip
+    """Load as training does and try the largest micro-batch. there: a folder for files without a name. words: the
+    tokenizer, and the tokens with rows of their own."""
     if recipe.memory.folder is None:
         recipe = replace(recipe, memory=replace(recipe.memory, folder=str(there)))
-    trainer = checks.look("load", lambda: _loaded(recipe, there, tokenizer, sets, start_from, screen))
+    trainer = checks.look("load", lambda: _loaded(recipe, there, words, sets, start_from, screen))
     if trainer is None:
         return {}
     checks.look("disk", lambda: _room(trainer, recipe))
@@ -211,11 +217,12 @@ def _step(
 
 
 def _loaded(
-    recipe: Recipe, there: Path, tokenizer: Any, sets: Sets, start_from: Path | None, screen: Screen
-) -> tuple[Trainer, str]:
+    recipe: Recipe, there: Path, words: tuple[Any, tuple[Token, ...]], sets: Sets, start_from: Path | None,
+    screen: Screen,
+) -> tuple[Trainer, str]:  # fmt: skip
     """Everything up to the first step."""
     tick = time.monotonic()
-    model = carrying_adapter(recipe, start_from, None, there, tokenizer, sets.train, screen)
+    model = carrying_adapter(recipe, start_from, None, there, *words, sets.train, screen)
     language = language_of(recipe, model, [*sets.train, *sets.held_out], screen)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     trainer = Trainer(
@@ -228,7 +235,7 @@ def _loaded(
 
 
 def _room(trainer: Trainer, recipe: Recipe) -> tuple[bool, str]:
-    needed, free = check_room(trainer, recipe, trainer.steps)
+    needed, free = check_disk(trainer, recipe, trainer.steps)
     return True, f"{size(needed)} for the adapter and {recipe.train.keep} checkpoints, {size(free)} are free"
 
 

@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import __version__, bnb
+from . import bnb
 from .adapters import METHODS, Adapted, Adapter, AdapterSpec, adapted_sites
 from .adapters.files import kept_layers, load_adapter, load_first, starts_elsewhere
 from .adapters.sites import SHARED
 from .adapters.starts import difference
+from .card import model_card
 from .checkpoint import Entry, write
 from .data import read_records, tokenize
 from .errors import QtuneError, one_of
@@ -40,6 +41,7 @@ from .safe_io import write_json, write_text
 from .screen import Screen
 from .sections import entries
 from .verify import Reference, Verification, in_dtype, logits_of, verify
+from .vocabulary import TokenHead, TokenTable, rows_of, tied_head
 
 KEEP_BASE = ("trained", "original")
 PROMPTS, PROMPT_TOKENS = 4, 64
@@ -124,7 +126,7 @@ def _merge(run: Run, out: Path, partial_out: Path, dtype: str, keep_base: str, s
     verification = verify(model, partial_out, DTYPES[dtype], reference)
     base_kl = None if trained is None else float(Reference(prompts, trained, 0.0).kl(reference.logits).mean())
     report = MergeReport(out, dtype, keep_base, nbytes, verification, base_kl)
-    write_text(partial_out / "README.md", _model_card(run, report))
+    write_text(partial_out / "README.md", model_card(run, dtype, keep_base, verification.lines()))
     return report
 
 
@@ -147,7 +149,13 @@ def check_merge(recipe: Recipe, out: Path, dtype: str, keep_base: str, overwrite
 
 
 def prompts_of(run: Run) -> list[list[int]]:
-    """Token ids of real prompts: the run's own data where it can still be read, else a few sentences."""
+    """Token ids of prompts: real ones, and one of the tokens with rows of their own, if there are any."""
+    own = rows_of(run.model)
+    return _real_prompts(run) + ([] if own is None else [[t.id for t in own.table.tokens[:PROMPT_TOKENS]]])
+
+
+def _real_prompts(run: Run) -> list[list[int]]:
+    """From the run's own data where it can still be read, else a few sentences."""
     keys = run.recipe.data
     for given in (keys.eval, keys.train):
         if given is None:
@@ -192,7 +200,7 @@ def merged_entries(model: nn.Module, dtype: torch.dtype) -> Iterator[Entry]:
     names, inside = PublishedNames(model), SHARED + "."
     tied = tied_head(model)
     for path, module in model.named_modules():
-        if (path + ".").startswith((inside, SHARED + ".")) or path == tied:
+        if (path + ".").startswith((inside, SHARED + ".", f"{tied}.")):
             continue
         name = names.of(f"{path}.weight").removesuffix(".weight")
         if isinstance(module, Adapted):
@@ -201,6 +209,11 @@ def merged_entries(model: nn.Module, dtype: torch.dtype) -> Iterator[Entry]:
         elif isinstance(module, Experts):
             inside = path + "."
             yield from names.experts(path, module, partial(_expert, module, path, dtype), dtype)
+        elif isinstance(module, TokenTable | TokenHead):
+            inside = path + "."
+            yield Entry(f"{name}.weight", dtype, module.shape, partial(module.merged, dtype), path)
+            if isinstance(module, TokenHead) and (bias := module.bias(dtype)) is not None:
+                yield Entry(f"{name}.bias", dtype, tuple(bias.shape), bias.detach, path)
         elif isinstance(module, QuantLinear):
             yield from _linear_entries(name, module, partial(_plain, module), dtype, path)
         elif isinstance(module, QuantEmbedding):
@@ -254,15 +267,6 @@ def _linear_entries(name: str, base: QuantLinear, dense: Dense32, dtype: torch.d
     yield Entry(f"{name}.weight", dtype, base.shape[::-1] if base.conv1d else base.shape, weight, site)
     if base.bias is not None:
         yield Entry(f"{name}.bias", dtype, (base.out_features,), bias, site)
-
-
-def tied_head(model: Any) -> str | None:
-    """The name of the output embedding if it is one with the input embedding (an adapted head is its own)."""
-    head = model.get_output_embeddings()
-    own, table = (getattr(m, "packed", getattr(m, "weight", None)) for m in (head, model.get_input_embeddings()))
-    if own is None or own is not table:
-        return None
-    return next(name for name, module in model.named_modules() if module is head)
 
 
 def _write_companions(run: Run, model: Any, out: Path, dtype: str) -> None:
@@ -348,6 +352,7 @@ def export_peft(run: Run, out: Path, screen: Screen, keep_base: str | None = Non
                 "other tool has them: export with --keep-base original, or merge",
             )
         to_peft(run.model, spec, out, name)
+        _tell_peft(run, out, screen)
         return None
     prompts = prompts_of(run)
     with in_dtype(run.model, torch.float32):
@@ -356,8 +361,22 @@ def export_peft(run: Run, out: Path, screen: Screen, keep_base: str | None = Non
     if starts_elsewhere(run.model):
         spec = _doubled(spec)
     to_peft(model, spec, out, name)
+    _tell_peft(run, out, screen)
     with in_dtype(model, torch.float32):
         return float(Reference(prompts, trained, 0.0).kl(logits_of(model, prompts)).mean())
+
+
+def _tell_peft(run: Run, out: Path, screen: Screen) -> None:
+    """Where there are new tokens, their tokenizer, and what PEFT leaves to its user."""
+    own = rows_of(run.model)
+    if own is None:
+        return
+    run.tokenizer.save_pretrained(out)
+    if own.table.shape[0] > own.table.count:
+        screen.line(
+            f"note: the vocabulary is longer than the base's: call model.resize_token_embeddings({own.table.shape[0]}) "
+            "on the base before PEFT loads the adapter (AutoPeftModelForCausalLM does so itself)", "yellow",
+        )  # fmt: skip
 
 
 def _doubled(spec: AdapterSpec) -> AdapterSpec:
@@ -367,28 +386,3 @@ def _doubled(spec: AdapterSpec) -> AdapterSpec:
         return spec  # has no form in PEFT, which `to_peft` says
     factor = 2**0.5 if options["rslora"] else 2.0
     return replace(spec, options=options | {"rank": 2 * options["rank"], "alpha": factor * options["alpha"]})
-
-
-def _model_card(run: Run, report: MergeReport) -> str:
-    """README.md of the merged checkpoint."""
-    recipe = run.recipe
-    names = ", ".join(path.name for path in licences(recipe.model)) or "none was found beside it: see its own page"
-    bases = {
-        "trained": "the base as it was trained on (dequantized)",
-        "original": "the original weights before quantization",
-    }
-    given = [recipe.model, *(source.file for source in entries(recipe.data.train or "unknown"))]
-    model, *data = [Path(name).name if Path(name).is_absolute() else name for name in given]
-    lines = (
-        f"# {run.folder.resolve().name}",
-        "",
-        f"- base model: {model}",
-        f"- licence of the base: {names}",
-        f"- trained with qtune {__version__}: {recipe.adapter.method} on {recipe.scheme}, data {', '.join(data)}",
-        f"- merged onto {bases[report.keep_base]}, in {report.dtype}",
-        "- verification against base + adapter:",
-        "",
-        *(f"      {line}" for line in report.verification.lines()),
-        "",
-    )
-    return "\n".join(lines)

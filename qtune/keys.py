@@ -70,6 +70,7 @@ def legal(limits: Limits) -> str:
         "warmup": "a fraction >= 0 and < 1, or a whole number of steps",
         "size": "a size such as 24GB or 7.5GiB",
         "choices": f"a list of {', '.join(limits.get('legal', ()))}",
+        "words": "a list of tokens, or a text file with one a line",
         "betas": "a list of two numbers >= 0 and < 1",
         "scheme": "a scheme's name or {name: ..., options}",
         "storage": "a scheme, {default: scheme, pattern: scheme ...} or {bits: 2.5, high: scheme, low: scheme}",
@@ -155,6 +156,24 @@ def _choices(value: Any, limits: Limits) -> tuple[str, ...]:
     return names
 
 
+def _words(value: Any, limits: Limits) -> tuple[str, ...]:
+    """Of a list, or of the lines of a file."""
+    if isinstance(value, str):
+        try:
+            value = [line for line in Path(value).expanduser().read_text("utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"no file that can be read: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    if wrong := [word for word in value if not isinstance(word, str)]:
+        raise ValueError(f"{shown(wrong[0])} is not text in YAML: put it in quotes")
+    if not all(word.strip() for word in value):
+        raise ValueError("one of them is empty")
+    if twice := [word for number, word in enumerate(value) if word in value[:number]]:
+        raise ValueError(f"{shown(twice[0])} twice")
+    return tuple(value)
+
+
 def _device(value: Any, limits: Limits) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise ValueError
@@ -226,6 +245,7 @@ READERS: dict[str, Callable[[Any, Limits], Any]] = {
     "choices": _choices,
     "device": _device,
     "warmup": _warmup,
+    "words": _words,
     "betas": _betas,
     "size": _size,
     "columns": _columns,

@@ -19,6 +19,7 @@ from .adapters import METHODS, Adapted, AdapterSpec, PeftNames, adapted_sites
 from .adapters.sites import SHARED
 from .errors import QtuneError
 from .safe_io import replacing, write_json
+from .vocabulary import Built, rows_of
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # the model inside of PEFT's two wrappers
@@ -51,15 +52,33 @@ def to_peft(model: nn.Module, spec: AdapterSpec, folder: str | Path, base_model:
             "PEFT has no adapter for one expert's matrix, only for fused ones as a whole "
             f"({', '.join(routed[:3])} ...): merge instead, or train without experts in adapter.targets",
         )
+    own = rows_of(model)
+    if own is not None and (names.peft_type != "LORA" or getattr(own.head.base, "bias", None) is not None):
+        what = f"beside {names.peft_type}" if names.peft_type != "LORA" else "of a head with a bias"
+        raise QtuneError("Q806", f"PEFT trains no rows of tokens {what}: merge instead")
     shared = getattr(model, SHARED, None)
     tensors = {
         f"{PREFIX}{n}.{key}": value for n, site in sites.items() for key, value in site.adapter.peft_state().items()
     }
     tensors |= {f"base_model.{theirs}": getattr(shared, ours) for ours, theirs in names.shared.items()}
+    tensors |= (
+        {}
+        if own is None
+        else {f"{PREFIX}{path}.token_adapter.trainable_tokens_delta": rows for path, rows in _places(own).items()}
+    )
     folder = Path(folder)
     with replacing(folder / TENSORS) as file:
         file.write(safetensors.torch.save({n: _plain(value) for n, value in tensors.items()}, {"format": "pt"}))
-    write_json(folder / CONFIG, _config(model, sites, spec, names, base_model))
+    config = _config(model, sites, spec, names, base_model)
+    if own is not None:
+        ids = [token.id for token in own.table.tokens]
+        config["trainable_token_indices"] = {path.rpartition(".")[2]: ids for path in _places(own)}
+    write_json(folder / CONFIG, config)
+
+
+def _places(own: Built) -> dict[str, Tensor]:
+    """Where in the model PEFT puts rows of tokens -> the rows; a tied head takes the table's."""
+    return dict(zip(own.names, own.tensors().values(), strict=False))
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .errors import QtuneError, one_of
 from .keys import DATA_FILE, HUB, READERS, key, legal, read, shown
 from .quant import Scheme, Storage, scheme_from, storage_from
 from .quant.calibrate import refuses
-from .sections import CalibrateKeys, DataKeys, MemoryKeys, Sources, TrainKeys, entries, moved
+from .sections import CalibrateKeys, DataKeys, MemoryKeys, Sources, TokenKeys, TrainKeys, entries, moved
 from .yaml_text import dump_yaml, load_yaml
 
 SCHEME, METHOD = "nf4", "lora"  # the defaults
@@ -37,6 +37,7 @@ class Recipe:
     embeddings: Scheme | None = key("scheme", "embeddings and lm_head; null: dense", None, null=True)  # noqa: RUF009
     adapter: AdapterSpec = key("adapter", "what is trained", factory=lambda: _resolved(AdapterSpec(METHOD)))  # noqa: RUF009
     data: DataKeys = field(default_factory=DataKeys)
+    tokens: TokenKeys = field(default_factory=TokenKeys)
     calibrate: CalibrateKeys = field(default_factory=CalibrateKeys)
     train: TrainKeys = field(default_factory=TrainKeys)
     memory: MemoryKeys = field(default_factory=MemoryKeys)
@@ -79,6 +80,7 @@ class Recipe:
             "scheme": {**self.scheme.to_dict(), "embeddings": embeddings},
             "adapter": self.adapter.to_dict(),
             "data": asdict(self.data),
+            "tokens": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.tokens).items()},
             "calibrate": asdict(self.calibrate),
             "train": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.train).items()},
             "memory": asdict(self.memory),
@@ -114,7 +116,7 @@ class KeyRow(NamedTuple):
 
 
 SECTIONS: dict[str, type[Any]] = {
-    "data": DataKeys, "calibrate": CalibrateKeys, "train": TrainKeys, "memory": MemoryKeys,
+    "data": DataKeys, "tokens": TokenKeys, "calibrate": CalibrateKeys, "train": TrainKeys, "memory": MemoryKeys,
 }  # fmt: skip
 TOP = [f.name for f in fields(Recipe) if f.name != "embeddings"]
 EITHER = (("steps", "epochs"), ("micro_batch", "micro_tokens"))  # of `train`, not both
@@ -200,10 +202,13 @@ class _Reader:
         values["model"] = self._beside(values.get("model"))
         values["scheme"], values["embeddings"] = self._schemes(tree.get("scheme"))
         values["adapter"] = self._adapter(tree.get("adapter"))
-        data, calibrate, train, memory = (
+        if isinstance(tokens := tree.get("tokens"), dict):  # files of tokens
+            tree["tokens"] = {name: self._beside(value) for name, value in tokens.items()}
+        data, tokens, calibrate, train, memory = (
             self._section(name, section, tree.get(name)) for name, section in SECTIONS.items()
         )
         values["data"], values["memory"] = self._data(data), memory
+        values["tokens"] = self._tokens(tokens, str(values["model"]))
         values["train"] = self._train(train, data, tree.get("train"))
         values["calibrate"] = replace(calibrate, data=self._beside(calibrate.data))
         self._together(values["scheme"], values["adapter"], calibrate.codes)
@@ -306,6 +311,20 @@ class _Reader:
         self._file("data.train", data.train)
         self._file("data.eval", data.eval)
         return data
+
+    def _tokens(self, tokens: TokenKeys, model: str) -> TokenKeys:
+        self.faults += [
+            f"tokens.{name} is {given}, and tokens.add names no new token; legal: {legal}, or give tokens.add"
+            for name, given, legal in (
+                ("special", str(tokens.special).lower(), "false"),
+                ("start", tokens.start, "mean"),
+            )
+            if not tokens.add and given != legal
+        ]
+        self.faults += [f"{word!r} is in tokens.add and in tokens.train" for word in tokens.add if word in tokens.train]
+        if tokens and model.lower().endswith(".gguf"):
+            self.faults.append(f"tokens are given, and {model} holds its tokenizer itself; legal: the original model")
+        return tokens
 
     def _file(self, name: str, given: Sources | None) -> None:
         """For training, a fault where there is no such file or folder."""

@@ -28,6 +28,7 @@ from .recipe import Recipe
 from .runs import anchored
 from .sections import TrainKeys
 from .state import Saved
+from .vocabulary import rows_of
 
 FREE = (
     "model", "output", "device", "budget", "data", "calibrate.data", "memory", "train.steps", "train.epochs",
@@ -75,8 +76,10 @@ def base_digest(model: nn.Module) -> str:
         if isinstance(module, (QuantLinear, QuantEmbedding)):
             codes = max(module.parts.items(), key=lambda part: (part[1].nbytes, part[0]))[1]
             _add(digest, f"{name.removesuffix('.base')} {module.scheme}", codes)
+    own = rows_of(model)
+    rows = [] if own is None else [*own.tensors().values()]
     for name, parameter in dense_parameters(model).items():
-        if ".adapter." not in name and not name.startswith(f"{SHARED}."):
+        if ".adapter." not in name and not name.startswith(f"{SHARED}.") and not any(parameter is one for one in rows):
             _add(digest, name.replace(".base.", "."), parameter)
     return digest.hexdigest()
 

@@ -24,6 +24,7 @@ from .adapters import AdapterSpec
 from .adapters.files import INFO, kept_layers, load_adapter, read_adapter_json
 from .checkpoint import Entry, write
 from .data import Example, load_source
+from .data.words import add_words, ids_of
 from .errors import QtuneError
 from .keys import DATA_FILE
 from .memory import DEVICE, DISK, HOST, place_of
@@ -46,6 +47,7 @@ from .screen import Advance, Screen, size
 from .sections import MemoryKeys, entries, moved
 from .starting import Starting, start, tell, wants
 from .state import adapter_in, run_of
+from .vocabulary import Token, give_rows, rows_of
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -97,6 +99,7 @@ def open_run(folder: Path, screen: Screen, *, device: str | None = None) -> Run:
         screen.line(f"note: {note}", "yellow")
     model, tokenizer = load_base(recipe, screen, device=device, kept=kept_in(run, adapter))
     load_adapter(model, adapter)
+    check_tokens(model, recipe, tokenizer, adapter)
     return Run(run, adapter, recipe, model, tokenizer)
 
 
@@ -150,7 +153,7 @@ def load_base(
 ) -> tuple[Any, Any]:
     """Base and tokenizer of a recipe, quantized while loading, with a bar. stored: a packed model, kept as it is
     packed, whatever the recipe says. kept: a run whose own codes are taken."""
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer, _ = tokenizer_of(recipe)
     options = _storage(recipe, device) | ({"scheme": None, "embeddings": None} if stored else {})
     store = _store(recipe, options["device"])
     model = load_with_bar(recipe.model, screen, kept=kept, aside=store and store.put, **options)
@@ -159,16 +162,37 @@ def load_base(
     return model, tokenizer
 
 
-def start_base(recipe: Recipe, screen: Screen, windows: Tensor | None) -> Any:
+def start_base(recipe: Recipe, screen: Screen, windows: Tensor | None, tokens: Sequence[Token] = ()) -> Any:
     """The base of a recipe with its adapter, which starts while the base is loaded. windows: calibration text [samples,
-    length], where the recipe's method or codes ask for it."""
+    length], where the recipe's method or codes ask for it. tokens: those with rows of their own."""
     options = _storage(recipe) | {"seed": recipe.train.seed, "codes": recipe.calibrate.codes, "windows": windows}
     store = _store(recipe, options["device"])
     model = load_with_bar(recipe.model, screen, start, spec=recipe.adapter, aside=store and store.put, **options)
     _place(model, recipe, store)
     _tell_base(model, recipe, screen)
     tell(model, recipe.adapter, screen)
+    give_rows(model, tokens, recipe.tokens.start)
     return model
+
+
+def tokenizer_of(recipe: Recipe) -> tuple[Any, tuple[Token, ...]]:
+    """The tokenizer of a recipe's model with the recipe's tokens added, and the tokens that get rows of their own."""
+    tokenizer = load_tokenizer(recipe.model)
+    return tokenizer, add_words(tokenizer, recipe.tokens)
+
+
+def check_tokens(model: Any, recipe: Recipe, tokenizer: Any, adapter: Path) -> None:
+    """Raises QtuneError where the rows that an adapter brought are not those of the recipe's tokens."""
+    own = rows_of(model)
+    there = {} if own is None else {token.text: token.id for token in own.table.tokens}
+    here = ids_of(tokenizer, recipe.tokens)
+    if here != there:
+        listed = ", ".join(f"{text!r} (id {id})" for text, id in sorted(set(here.items()) ^ set(there.items()))[:8])
+        raise QtuneError(
+            "Q404",
+            f"the adapter in {adapter} has rows of other tokens than the recipe's `tokens` on the tokenizer of "
+            f"{recipe.model}: {listed}",
+        )
 
 
 def _storage(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
@@ -266,7 +290,9 @@ def calibration_text(recipe: Recipe, tokenizer: Any, screen: Screen, examples: S
         raise QtuneError(
             "Q106", f"calibrate.data is missing, and codes {keys.codes} are chosen from text; legal: {DATA_FILE}"
         )
-    windows = windows_of([example.input_ids for example in examples], keys.samples, keys.length)
+    new = set(ids_of(tokenizer, recipe.tokens, recipe.tokens.add).values())  # which no layer has learned to read yet
+    texts = [[i for i in example.input_ids if i not in new] if new else example.input_ids for example in examples]
+    windows = windows_of(texts, keys.samples, keys.length)
     name = ", ".join(Path(source.file).name for source in entries(keys.data or recipe.data.train or ""))
     count, few = len(windows), f", all that there is (calibrate.samples is {keys.samples})"
     what = f"{count} window{'s' * (count != 1)} of {keys.length} tokens of {name}"

@@ -1,4 +1,4 @@
-"""The sections of a recipe: what each key of data, calibrate, train and memory means and may hold, stated once."""
+"""The sections of a recipe: what each key of data, tokens, calibrate, train and memory means and may hold."""
 
 from __future__ import annotations
 
@@ -83,6 +83,23 @@ def moved(given: Sources | None, place: Callable[[str], str | None]) -> Sources 
     if given is None or isinstance(given, str):
         return None if given is None else place(given)
     return tuple(replace(source, file=place(source.file) or source.file) for source in given)
+
+
+@dataclass(frozen=True)
+class TokenKeys:
+    """Tokens whose own rows are trained beside the adapter: in the input table and in the output head."""
+
+    add: tuple[str, ...] = key("words", "new tokens: a list, or a text file with one a line", ())
+    train: tuple[str, ...] = key("words", "tokens that are there, whose rows are trained from what they are", ())
+    special: bool = key("flag", "new tokens are special ones: left out of the text that chat and samples show", False)
+    start: str = key(
+        "choice", "first values of a new token's rows: the mean of all rows, or of those that its text was split into",
+        "mean", legal=("mean", "text"),
+    )  # fmt: skip
+
+    def __bool__(self) -> bool:
+        """Is there any?"""
+        return bool(self.add or self.train)
 
 
 @dataclass(frozen=True)

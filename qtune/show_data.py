@@ -90,9 +90,9 @@ def _tokens(recipe: Recipe, show: int, screen: Screen, emit: Callable[[Any], Non
     """The examples as training has them."""
     from .data import load_sets
     from .data.report import quantiles
-    from .model import load_tokenizer
+    from .runs import tokenizer_of
 
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer, _ = tokenizer_of(recipe)
     sets = load_sets(recipe.data, tokenizer, seed=recipe.train.seed, screen=screen)
     value: dict[str, Any] = {}
     for name, examples, report in (("train", sets.train, sets.report), ("eval", sets.held_out, sets.held_out_report)):

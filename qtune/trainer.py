@@ -27,13 +27,13 @@ from .adapters.files import (
     save_first,
 )
 from .batches import Capacity, padding
-from .data import Example, load_sets, show_example
+from .data import Example, load_sets, read_template, show_example
+from .data.words import split_marks, unseen
 from .errors import QtuneError
 from .headroom import check_room, peak_memory, told_out_of_memory
 from .loop import Trainer, TrainResult
 from .loss import loss_options
 from .memory.layers import device_of
-from .model import load_tokenizer
 from .model.names import KEPT
 from .quant import storage_from
 from .recipe import Recipe
@@ -48,6 +48,7 @@ from .runs import (
     anchored,
     calibration_text,
     check_files,
+    check_tokens,
     folder_of,
     kept_in,
     load_base,
@@ -61,6 +62,7 @@ from .safe_io import claimed, write_text
 from .screen import Screen, size
 from .state import Checkpoints, Saved, adapter_in, clear, newest, read_metrics, run_of, set_aside, steps_in, tidy
 from .step import LanguageModel, NonFinite
+from .vocabulary import Token, rows_of
 
 __all__ = ["TrainResult", "Trainer", "train"]
 
@@ -111,13 +113,14 @@ def _train(
     place = pick_device(recipe.device)
     for note in check_files(recipe, place.type):
         screen.line(f"note: {note}", "yellow")
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer, tokens = tokenizer_of(recipe)
     examples, held_out = _data(recipe, tokenizer, screen, record)
+    _tell_unread(recipe, tokenizer, tokens, examples, screen)
     if saved is not None:
         check_data(saved, recipe, examples, held_out)
     check_room(recipe, [*examples, *held_out], screen)
     screen.title("Load")
-    model = carrying_adapter(recipe, start_from, saved, folder, tokenizer, examples, screen)
+    model = carrying_adapter(recipe, start_from, saved, folder, tokenizer, tokens, examples, screen)
     language = language_of(recipe, model, [*examples, *held_out], screen)
     torch.manual_seed(recipe.train.seed)
     sites = adapted_sites(model)
@@ -126,6 +129,7 @@ def _train(
     screen.line(f"adapter  {recipe.adapter.method} on {len(sites)} layers, {trained:,} trained parameters")
     if told := told_of_memory(recipe, place.type):
         screen.line(f"memory  {told}")
+    _tell_rows_of_tokens(model, recipe, screen)
     base = base_digest(model) if saved is None else saved.info["base"]  # which was compared with this one
     checkpoints = checkpoints_of(recipe, folder, model, about(recipe, examples, held_out, base))
     trainer = Trainer(
@@ -188,7 +192,7 @@ def _data(recipe: Recipe, tokenizer: Any, screen: Screen, record: Recorder) -> t
 
 def carrying_adapter(
     recipe: Recipe, start_from: Path | None, saved: Saved | None, folder: Path, tokenizer: Any,
-    examples: Sequence[Example], screen: Screen,
+    tokens: Sequence[Token], examples: Sequence[Example], screen: Screen,
 ) -> Any:  # fmt: skip
     """The base with the recipe's adapter on it: as in a checkpoint of the run, with the values of another run, or at
     its start."""
@@ -196,14 +200,44 @@ def carrying_adapter(
         model, _ = load_base(recipe, screen, kept=kept_in(folder, saved.folder))
         check_base(saved, recipe, base_digest(model))
         load_adapter(model, saved.folder)
+        check_tokens(model, recipe, tokenizer, saved.folder)
         tell_versions(saved, lambda text: screen.line(f"note: {text}", "yellow"))
         return model
     if start_from is not None:
         adapter, _ = adapter_in(start_from)
         model, _ = load_base(recipe, screen, kept=kept_in(run_of(start_from), adapter))
         load_adapter(model, adapter)
+        check_tokens(model, recipe, tokenizer, adapter)
         return model
-    return start_base(recipe, screen, calibration_text(recipe, tokenizer, screen, examples))
+    return start_base(recipe, screen, calibration_text(recipe, tokenizer, screen, examples), tokens)
+
+
+def _tell_unread(
+    recipe: Recipe, tokenizer: Any, tokens: Sequence[Token], examples: Sequence[Example], screen: Screen
+) -> None:
+    """Tokens that the data does not hold, and special ones of the chat template that are no tokens."""
+    if missing := unseen(tokens, examples):
+        screen.line(f"note: no training example holds {', '.join(missing[:8])}{' ...' * (len(missing) > 8)}", "yellow")
+    template = read_template(recipe.data.template) if recipe.data.template else tokenizer.chat_template
+    if isinstance(template, str) and (split := split_marks(template, tokenizer)):
+        screen.line(
+            f"note: the chat template writes {', '.join(split)}, which the tokenizer splits: tokens.add makes one of "
+            "each", "yellow",
+        )  # fmt: skip
+
+
+def _tell_rows_of_tokens(model: Any, recipe: Recipe, screen: Screen) -> None:
+    """Which tokens have rows of their own, and what that costs."""
+    own = rows_of(model)
+    if own is None:
+        return
+    table, keys = own.table, recipe.tokens
+    kinds = [f"{len(keys.add)} new"] * bool(keys.add) + [f"{len(keys.train)} that were there"] * bool(keys.train)
+    longer = (
+        f"; the vocabulary grows from {table.count:,} to {table.shape[0]:,}" if table.shape[0] > table.count else ""
+    )
+    both = "one row each for input and output" if len(own.tensors()) == 1 else "a row each for input and for output"
+    screen.line(f"tokens  {' and '.join(kinds)}, {both}{longer}; gradients go through all layers down to them")
 
 
 def language_of(recipe: Recipe, model: Any, examples: Sequence[Example], screen: Screen) -> LanguageModel:
@@ -280,6 +314,13 @@ def check_start(recipe: Recipe, start_from: Path, folder: Path) -> None:
             "Q410", f"{folder} is both the run to start from and the output; choose another folder with output=..."
         )
     info = read_adapter_json(adapter_in(start_from)[0])
+    taken = sorted(token["text"] for token in info.get("tokens", ()))
+    if taken != (own := sorted((*recipe.tokens.add, *recipe.tokens.train))):
+        raise QtuneError(
+            "Q414",
+            f"the recipe's tokens are {own}, those of {start_from} are {taken}: their rows are a part of what is taken "
+            "over; give the recipe the same `tokens`",
+        )
     saved = {"model": recipe.model, "adapter": info["adapter"]}
     there, here = Recipe.load(saved, training=False).adapter.to_dict(), recipe.adapter.to_dict()
     faults = [f"{k} is {here.get(k)}, there {there.get(k)}" for k in {**here, **there} if here.get(k) != there.get(k)]
@@ -304,7 +345,7 @@ def check_start(recipe: Recipe, start_from: Path, folder: Path) -> None:
         )
 
 
-def check_room(trainer: Trainer, recipe: Recipe, left: int) -> tuple[int, int]:
+def check_disk(trainer: Trainer, recipe: Recipe, left: int) -> tuple[int, int]:
     """Bytes that the checkpoints of the steps that are left will take, and that are there. Raises QtuneError where that
     is too little."""
     adapter = sum(tensor.nbytes for tensor in adapter_tensors(trainer.model.model).values())
@@ -318,7 +359,7 @@ def _begin(folder: Path, recipe: Recipe, trainer: Trainer, start_from: Path | No
     model, screen, step = trainer.model.model, trainer.screen, saved.step if saved else 0
     if saved is not None:
         check_schedule(saved, recipe.train, trainer.steps)
-    check_room(trainer, recipe, trainer.steps - step)
+    check_disk(trainer, recipe, trainer.steps - step)
     try:
         tidy(folder)
         if saved is not None:

@@ -5,7 +5,8 @@ has a whole one in its checkpoints then: qtune/state.py). Loading is strict: an 
 so other weights, another scheme, a missing, extra or mis-shaped tensor are refused, all in one error, and the model is
 untouched unless everything fits.
 An adapter that does not start as the identity has its first values beside it (`start.safetensors`): what was learned
-is the difference. `kept` counts layers whose codes are the run's own; they lie in files of the run (qtune/runs.py).
+is the difference. Rows of new tokens (qtune/vocabulary.py) are tensors among the others; the JSON names their tokens.
+`kept` counts layers whose codes are the run's own; they lie in files of the run (qtune/runs.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .. import __version__
 from ..errors import QtuneError
 from ..quant import QuantLinear
 from ..safe_io import replacing, write_json
+from ..vocabulary import Token, build_rows, install_rows, rows_of
 from .base import Adapted, AdapterSpec, Start
 from .sites import SHARED, adapted_sites, build, install
 
@@ -65,7 +67,7 @@ def save_adapter(
         "kept": len(kept_layers(model)),
         "first": _digest(Path(folder if run is None else run) / FIRST),
         "sites": described,
-    }
+    } | describe_tokens(model)
     folder = Path(folder)
     with replacing(folder / TENSORS) as file:
         file.write(content)
@@ -76,6 +78,12 @@ def describe_sites(model: nn.Module) -> dict[str, Any]:
     """What adapter.json says of each site. It reads all the codes of the bases, so say it once where there are many
     saves."""
     return {name: _identity(site.base) | _started(site.start) for name, site in adapted_sites(model).items()}
+
+
+def describe_tokens(model: nn.Module) -> dict[str, Any]:
+    """What adapter.json says of tokens with rows of their own; nothing where there are none."""
+    own = rows_of(model)
+    return {} if own is None else {"tokens": [{"text": t.text, "id": t.id} for t in own.table.tokens]}
 
 
 def is_whole_pair(folder: str | Path) -> bool:
@@ -108,7 +116,7 @@ def starts_elsewhere(model: nn.Module) -> bool:
 def save_first(model: nn.Module, folder: str | Path) -> None:
     """Write the values that the adapter has now, before training, unless it starts as the identity."""
     if starts_elsewhere(model):
-        tensors = {name: value.detach().cpu().contiguous() for name, value in adapter_tensors(model).items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in _adapters(model).items()}
         with replacing(Path(folder) / FIRST) as file:
             file.write(safetensors.torch.save(tensors, {"format": "pt"}))
 
@@ -131,7 +139,7 @@ def load_first(model: nn.Module, folder: str | Path, adapter: str | Path) -> Non
         ) from error
     except safetensors.SafetensorError as error:
         raise QtuneError("Q403", f"{path} is no safetensors file: {error}") from error
-    expected = adapter_tensors(model)
+    expected = _adapters(model)
     if faults := _compare(expected, tensors, set(), FIRST):
         raise QtuneError("Q404", f"{path} does not fit the adapter: {'; '.join(faults[:SHOWN])}")
     _fill(expected, tensors)
@@ -145,7 +153,12 @@ def _fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name in the file -> parameter or buffer of the adapter that `model` carries."""
+    """Name in the file -> parameter or buffer of the adapter that `model` carries, and its rows of new tokens."""
+    own = rows_of(model)
+    return _adapters(model) | ({} if own is None else own.tensors())
+
+
+def _adapters(model: nn.Module) -> dict[str, Tensor]:
     return _state(adapted_sites(model), getattr(model, SHARED, None))
 
 
@@ -162,7 +175,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, other_base: bool = Fal
     spec = AdapterSpec.from_dict(info["adapter"]).checked()
     bases, faults = _find_bases(model, info["sites"], other_base)
     sites, shared = build(bases, spec, any_scheme=other_base) if bases else ({}, None)
-    expected = _state(sites, shared)
+    tokens = [Token(token["text"], token["id"]) for token in info.get("tokens", ())]
+    own = build_rows(model, tokens) if tokens else None
+    expected = _state(sites, shared) | ({} if own is None else own.tensors())
     faults += _compare(expected, tensors, set(info["sites"]) - set(bases))
     if faults:
         more = f"\n  ... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
@@ -172,7 +187,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, other_base: bool = Fal
     for name, site in sites.items():
         site.start = Start(**info["sites"][name]["start"]) if "start" in info["sites"][name] else None
         site.adapter.prepare(site.base)
-    return install(model, sites, shared)
+    install(model, sites, shared)
+    if own is not None:
+        install_rows(model, own)
+    return adapted_sites(model)
 
 
 def read_adapter_json(folder: str | Path) -> dict[str, Any]:
@@ -201,6 +219,8 @@ def read_adapter_json(folder: str | Path) -> dict[str, Any]:
         wrong.append("adapter")
     if not isinstance(info.get("kept", 0), int):
         wrong.append("kept")
+    if not _are_tokens(info.get("tokens", [])):
+        wrong.append("tokens")
     if wrong:
         raise QtuneError("Q402", f"{path} lacks or garbles {', '.join(wrong)}")
     return info
@@ -221,6 +241,14 @@ def _is_spec(value: Mapping[str, Any]) -> bool:
     return (
         isinstance(value.get("method"), str) and isinstance(targets, list) and all(isinstance(t, str) for t in targets)
     )
+
+
+def _are_tokens(given: Any) -> bool:
+    return isinstance(given, list) and all(
+        isinstance(token, dict) and isinstance(token.get("text"), str) and type(token.get("id")) is int
+        and token["id"] >= 0
+        for token in given
+    )  # fmt: skip
 
 
 def _read_tensors(path: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:

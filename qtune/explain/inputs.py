@@ -144,6 +144,10 @@ Q222 Tokens that the model does not have
 A token id lies beyond the vocabulary of the model: tokenizer and model do not belong together.
 > Take both from one place; after adding tokens the embedding must have been enlarged.
 
+Q223 Tokens that cannot have rows of their own
+A token of the section tokens is there already, is none of the tokenizer, stands twice or is split by it.
+> Change the token named: tokens.add takes new ones, tokens.train those that the tokenizer has.
+
 = Q3: models
 
 Q301 No such model
@@ -199,6 +203,11 @@ Q313 Weights that are packed already
 A start or a choice of codes works on the weights before they are packed, and the checkpoint holds them packed.
 > Take the original checkpoint, or a start and codes that need no weights (adapter.method lora, calibrate.codes
 nearest).
+
+Q314 A vocabulary that takes no new tokens
+The architecture does more with its input table or its head than reading a row and one product, or the model lacks rows
+that its tokenizer names.
+> Leave `tokens` out; the message says what is in the way.
 
 = Q4: adapters and runs
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import QtuneError
 from ..quant import QuantEmbedding
+from ..vocabulary import bare
 from .host import HOST, mark, on_host
 
 TIED = (
@@ -27,7 +28,7 @@ def table_on_host(model: Any, kind: str) -> str:
     """Put the input table of a loaded model into host memory, for good. kind: what its device is, or stands for on
     meta; a CPU's memory is the host's. Returns what the user must know, '' where that is nothing. Doing it again
     changes nothing. Raises QtuneError for a table of another kind than nn.Embedding and QuantEmbedding."""
-    table: Any = model.get_input_embeddings()
+    table: Any = bare(model.get_input_embeddings())
     if kind == "cpu" or hasattr(table, "rows_go_to"):
         return ""
     if not isinstance(table, nn.Embedding | QuantEmbedding):
@@ -39,7 +40,7 @@ def table_on_host(model: Any, kind: str) -> str:
     hosted: Any = table  # of another class below
     kept: Any = type(table)
     own = list(table.parameters())
-    if any(p is q for p in own for q in model.get_output_embeddings().parameters()):
+    if any(p is q for p in own for q in bare(model.get_output_embeddings()).parameters()):
         return TIED
     hosted.rows_go_to = own[0].device
     for name, parameter in hosted.named_parameters(recurse=False):

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..quant import QuantLinear
+from ..vocabulary import bare
 from .devices import Device
 from .trace import BACKWARD, BEFORE, FORWARD, LOSS, SLOTS, UPDATE, Trace
 
@@ -52,6 +53,8 @@ def _row(trace: Trace, block: int, released: str, checkpointing: bool) -> Row:
         "scratch": ("transient", "kernels' scratch"),
         "workspace": ("runtime", "cuBLAS workspaces"),
     }
+    if kind == "adapters" and trace.names.get(block, "").endswith(".rows"):
+        return "adapters", "rows of tokens"
     if kind in known:
         return known[kind]
     if segment.part == UPDATE or (segment.part == BEFORE and segment.micro < 0):
@@ -74,7 +77,7 @@ def _plain(name: str) -> str:
 
 def _weights(model: Any) -> dict[str, dict[str, int]]:
     """Parameter -> its bytes by row: codes, scales, embeddings, head, norms and biases."""
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    head, table = bare(model.get_output_embeddings()), bare(model.get_input_embeddings())
     found: dict[str, dict[str, int]] = {}
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):

@@ -98,6 +98,10 @@ def hf_settings(recipe: Recipe, rows: int, length: int) -> HFSettings:
         scheme = "nf4-double"
     if recipe.adapter.method != "lora":
         raise one_of("adapter.method of --stack hf", recipe.adapter.method, ("lora",), "Q508")
+    if recipe.tokens:
+        raise QtuneError(
+            "Q508", "tokens are given, and other stacks are planned without rows of tokens; leave `tokens` out"
+        )
     if recipe.calibrate.codes != "nearest":
         raise one_of("calibrate.codes of --stack hf", recipe.calibrate.codes, ("nearest",), "Q508")
     spec = recipe.adapter.to_dict()

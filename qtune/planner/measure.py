@@ -37,6 +37,7 @@ from ..runs import folder_of
 from ..screen import Screen, size
 from ..starting import start, wants
 from ..step import LanguageModel, TrainStep
+from ..vocabulary import give_rows
 from .devices import Device
 from .models import find_model
 from .phases import load_phase
@@ -44,6 +45,7 @@ from .plan import Plan, Shape, plan_recipe
 from .published import published, random_blocks, random_weight
 from .runtime import child_command, child_environment, resident, warm
 from .step_trace import MICRO_BATCHES, STEPS, MetaBatch, step_trace
+from .words import words_of
 
 REAL, RANDOM = "the recipe's own", "random, of the same shapes"
 
@@ -170,6 +172,7 @@ def _measured(task: dict[str, Any]) -> dict[str, Any]:
     warm(task["threads"])
     with watched(device) as loading:
         model, weights = started(recipe, device)
+        give_rows(model, words_of(recipe, model.config)[0], recipe.tokens.start)
     batches = [batch_of(shape, model.config.get_text_config().vocab_size, device)] * min(
         MICRO_BATCHES, recipe.train.accumulate
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..adapters import METHODS, adapted_sites
-from ..adapters.files import FORMAT, adapter_tensors
+from ..adapters.files import FORMAT, adapter_tensors, describe_tokens
 from ..checkpoint import NAMES, Entry
 from ..export import PROMPT_TOKENS, PROMPTS, merged_entries
 from ..memory import DEVICE, HOST, place_of
@@ -217,7 +217,7 @@ def _info_bytes(plan: Plan, whole: nn.Module, kept: int = 0) -> int:
             name: {"scheme": str(site.base.scheme), "digest": digest, "magnitude": number} | started
             for name, site in adapted_sites(whole).items()
         },
-    }  # fmt: skip
+    } | describe_tokens(whole)  # fmt: skip
     return len(json.dumps(info, indent=2)) + 1
 
 
@@ -261,7 +261,7 @@ class Merging:
         """few: the model on meta, its layers cut to few."""
         plan = self.plan
         reference, how = self._reference(few)
-        logits = PROMPTS * PROMPT_TOKENS * plan.model.config.get_text_config().vocab_size * 4
+        logits = PROMPTS * PROMPT_TOKENS * few.config.get_text_config().vocab_size * 4
         on_cpu = 2 * logits if plan.device.kind == "cpu" else 0  # the reference's and the written model's are kept
         in_fp32, dense = reference.peak(plan.device, 1) + on_cpu, self.written.peak(plan.device, 1) + on_cpu
         decides = f"a command of its own: {how if in_fp32 >= dense else 'the largest layer in fp32'}"

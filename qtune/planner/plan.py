@@ -25,6 +25,7 @@ from ..quant.scheme import DTYPES
 from ..recipe import Overrides, Recipe
 from ..screen import size
 from ..units import parse_size
+from ..vocabulary import give_rows
 from .allocator import peak_allocated, replay
 from .breakdown import GRANULE, GROUPS, parameters_of, rows_of
 from .cost import JOINED
@@ -36,6 +37,7 @@ from .runtime import host_runtime, process_bytes
 from .standins import Untraceable
 from .step_trace import STEPS, MetaBatch, planned_trace
 from .trace import BEFORE, LOSS, UPDATE, Trace
+from .words import words_of
 
 EVENLY = (
     "tokens are taken to spread evenly over the experts; what one expert computes at a time is larger where a router "
@@ -187,11 +189,13 @@ class Plan:
 def maker(model: Model, recipe: Recipe) -> Callable[[], Any]:
     """A function that builds the recipe's packed and adapted model on meta, anew at each call."""
     config = model.config.to_dict()
+    tokens, _ = words_of(recipe, model.config)
 
     def make() -> Any:
         fresh = type(model.config).from_dict(config)  # tracing cuts layers off its own copy
         made = build(fresh, recipe.scheme, embeddings=recipe.embeddings, dtype=DTYPES[recipe.dtype])
         adapt(made, recipe.adapter)
+        give_rows(made, tokens, recipe.tokens.start)
         return made
 
     return make
@@ -300,7 +304,7 @@ def planned(
     """The plan that a trace tells. whole: the model whose parameters the trace names."""
     accumulate, routed = recipe.train.accumulate, any(getattr(module, "routed", False) for module in whole.modules())
     allocated, reserved, event, note = tiers(trace, device, expandable=expandable(ours=stack == "qtune"))
-    runtime = process_bytes(device)
+    runtime, (_, guess) = process_bytes(device), words_of(recipe, model.config)
     rows = rows_of(trace, whole, event, recipe.train.checkpointing)
     items = [Item(group, name, nbytes) for (group, name), nbytes in rows.items() if nbytes]
     gap = reserved - sum(item.nbytes for item in items)
@@ -319,7 +323,10 @@ def planned(
             costs_of(trace, STEPS, accumulate / (1 + max(segment.micro for segment in trace.segments))),
             device, shape.tokens * accumulate, recipe.train.steps, accumulate,
         ),
-        notes=(*note, *([CUDNN] if device.capability[0] in (9, 10) else []), *([EVENLY] if routed else [])),
+        notes=(
+            *note, *([guess] if guess else []), *([CUDNN] if device.capability[0] in (9, 10) else []),
+            *([EVENLY] if routed else []),
+        ),
         waiting=trace.waiting, files=trace.files, seconds=seconds, trace=trace,
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ import torch
 
 from ..batches import Capacity, steps_of
 from ..data import Example, load_sets
+from ..data.words import add_words
 from ..errors import QtuneError, one_of
 from ..model import load_tokenizer
 from ..quant import Scheme, scheme_from
@@ -32,6 +33,7 @@ from .models import Model, find_model
 from .plan import Plan, Shape, check_shape, packed_row, plan_recipe, shapes_of, worst_of
 from .roofline import measured
 from .room import UNKNOWN, Room, room_of
+from .words import tokenizer_at
 
 STACKS = ("qtune", "hf", "hf:installed")
 SHORTCUTS = {"batch": "train.micro_batch", "seq": "data.max_length", "rank": "adapter.rank"}  # option -> key
@@ -344,11 +346,13 @@ def _lengths(recipe: Recipe, model: Model, notes: list[str]) -> Lengths | None:
     if away := [source.file for source in entries(keys.train) if not Path(source.file).expanduser().exists()]:
         notes.append(f"data.train is {named(keys.train)}: no such file here ({away[0]}), {taken}")
         return None
-    place = _tokenizer_at(recipe.model)
+    place = tokenizer_at(recipe.model)
     if place is None:
         notes.append(f"no tokenizer of {recipe.model} is at hand for {named(keys.train)}, {taken}")
         return None
-    sets = load_sets(replace(keys, eval=None), load_tokenizer(place), seed=recipe.train.seed)
+    tokenizer = load_tokenizer(place)
+    add_words(tokenizer, recipe.tokens)
+    sets = load_sets(replace(keys, eval=None), tokenizer, seed=recipe.train.seed)
     if count := sets.report.truncated - sets.report.left_out:
         notes.append(f"{count:,} examples are cut at data.max_length = {keys.max_length:,}")
     Capacity.of(recipe.train).check(sets.train)
@@ -358,27 +362,6 @@ def _lengths(recipe: Recipe, model: Model, notes: list[str]) -> Lengths | None:
 def lengths_of(examples: Sequence[Example]) -> Lengths:
     """The lengths of examples at hand."""
     return Lengths(tuple((len(example.input_ids), sum(example.trained)) for example in examples))
-
-
-def _tokenizer_at(name: str) -> Path | None:
-    """A file or folder on this machine that holds the tokenizer; nothing is fetched."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    folder = path if path.is_dir() else _cached(name)
-    if folder is None or not (folder / "config.json").is_file():
-        return None
-    return folder if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")) else None
-
-
-def _cached(name: str) -> Path | None:
-    """The folder of a hub id in the local cache."""
-    if name.count("/") != 1:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "tokenizer_config.json")
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def request_of(recipe: Recipe, device: Device, budget: int, data: Shape | Lengths | None = None) -> Request:

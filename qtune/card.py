@@ -1,0 +1,37 @@
+"""README.md of a merged checkpoint: what it is made of, and what its verification found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .runs import Run, licences
+from .sections import entries
+
+
+def model_card(run: Run, dtype: str, keep_base: str, verified: Sequence[str]) -> str:
+    """dtype, keep_base: of the merge; verified: what was found, by lines."""
+    recipe = run.recipe
+    names = ", ".join(path.name for path in licences(recipe.model)) or "none was found beside it: see its own page"
+    bases = {
+        "trained": "the base as it was trained on (dequantized)",
+        "original": "the original weights before quantization",
+    }
+    given = [recipe.model, *(source.file for source in entries(recipe.data.train or "unknown"))]
+    model, *data = [Path(name).name if Path(name).is_absolute() else name for name in given]
+    named = [*recipe.tokens.add, *recipe.tokens.train]
+    lines = (
+        f"# {run.folder.resolve().name}",
+        "",
+        f"- base model: {model}",
+        f"- licence of the base: {names}",
+        f"- trained with qtune {__version__}: {recipe.adapter.method} on {recipe.scheme}, data {', '.join(data)}",
+        *([f"- tokens with rows of their own: {', '.join(named)}"] if named else []),
+        f"- merged onto {bases[keep_base]}, in {dtype}",
+        "- verification against base + adapter:",
+        "",
+        *(f"      {line}" for line in verified),
+        "",
+    )
+    return "\n".join(lines)
