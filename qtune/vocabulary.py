@@ -203,7 +203,7 @@ def build_rows(model: Any, tokens: Sequence[Token]) -> Built:
         raise QtuneError("Q314", f"rows of new tokens cannot be put into the output head of {kind}: {what}")
     count, width = _weight(table).shape
     behind = [token.id for token in tokens if token.id >= count]
-    if missing := sorted(set(range(count, max(behind, default=0))) - set(behind)):
+    if missing := [id for id in range(count, count + len(behind)) if id not in behind]:
         raise QtuneError(
             "Q314",
             f"the model has rows for the ids 0 to {count - 1}, and the tokenizer has tokens behind them: "

@@ -35,6 +35,7 @@ from qtune.recipe import Recipe
 from qtune.screen import Screen
 from qtune.sections import MemoryKeys, TrainKeys
 from qtune.trainer import train
+from qtune.vocabulary import Token, give_rows
 
 CPU, GPU = find_device("cpu"), find_device("rtx4090")
 SIZES: dict[str, Any] = {
@@ -135,6 +136,44 @@ def test_a_packed_head_in_tiles_is_planned_as_it_runs(
     assert bytes_in_order(got) == bytes_in_order(want)
     arenas = {got.sizes[block] for block, op in enumerate(got.ops) if op == "arena torch.float32"}
     assert arenas == {4096 * 4, 96 * 64 * 4}  # a layer of less than a block of nested scales is no tiles; the head is
+
+
+TOKENS = tuple(Token(f"<{id}>", id) for id in (5, 129, 131, 132))  # two in the table of the tiny models, two behind
+
+
+@pytest.mark.parametrize(("family", "embeddings"), [("llama", None), ("llama-tied", "nf4")])
+def test_rows_of_tokens_are_planned_as_they_run(family: str, embeddings: str | None, tmp_path: Path) -> None:
+    tiny.saved(family, tmp_path)
+    scheme = scheme_from(embeddings) if embeddings else None
+    real = load(tmp_path, scheme_from("nf4"), embeddings=scheme)
+    planned = build(copy.deepcopy(real.config), scheme_from("nf4"), embeddings=scheme)
+    for model in (real, planned):
+        adapt(model, AdapterSpec("lora"))
+        give_rows(model, TOKENS, "mean")
+    ids = torch.randint(0, 133, (2, 40))
+    want, _ = step_trace(real, TrainKeys(), [Batch(ids, torch.ones_like(ids), ids.clone())], CPU)
+    got, _ = step_trace(planned, TrainKeys(), [MetaBatch.of(2, 40)], CPU)
+    assert bytes_in_order(got) == bytes_in_order(want)
+    held = rows_of(got, planned, len(got.events) - 1, True)
+    assert held["adapters", "rows of tokens"] == (1 + (family == "llama")) * 4 * planned.config.hidden_size * 2
+
+
+def test_rows_of_tokens_take_the_gradient_through_all_layers() -> None:
+    """An adapter on the last layer alone leaves those below without a backward; rows of the input table do not."""
+    batch, layers = MetaBatch.of(1, 16), {}
+    for tokens in ((), TOKENS):
+
+        def make(tokens: Any = tokens) -> Any:
+            model = build(FAMILIES["qwen3"](7), scheme_from("nf4"))
+            adapt(model, AdapterSpec("lora", ("model.layers.6.*",)))
+            give_rows(model, tokens, "mean")
+            return model
+
+        want, _ = step_trace(make(), TrainKeys(), [batch], CPU)
+        layers[len(tokens)] = {segment.layer for segment in want.segments if segment.part == BACKWARD} - {None}
+        got, _ = planned_trace(make, TrainKeys(), batch, CPU)
+        assert_same(got, want)
+    assert layers == {0: {6}, 4: set(range(7))}
 
 
 def test_a_packed_head_costs_a_tile_whatever_its_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:

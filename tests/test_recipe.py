@@ -58,7 +58,7 @@ def test_defaults() -> None:
 # override -> a part of the one fault it makes
 BAD = {
     "modell=x": "unknown key 'modell' (did you mean 'model'?); legal: adapter, budget, calibrate, data, device",
-    "lr=1e-4": "calibrate, data, device, dtype, memory, model, output, scheme, train; it is called train.lr",
+    "lr=1e-4": "calibrate, data, device, dtype, memory, model, output, scheme, tokens, train; it is called train.lr",
     "train.trian=x": "train: unknown key 'trian'; legal: accumulate",
     "train.model=x": "warmup, weight_decay, z_loss; it is called model at the top",
     "train.max_length=9": "train: unknown key 'max_length'; legal: accumulate, betas",
@@ -82,7 +82,7 @@ BAD = {
     "scheme.block=33": "scheme: ",
     "scheme.embeddings=int9": "scheme.embeddings: unknown scheme 'int9' (did you mean 'int8'?); legal: dense",
     "scheme.embeddings.block=1": "scheme.embeddings: ",
-    "embeddings=int8": "output, scheme, train; it is called memory.embeddings; it is called scheme.embeddings",
+    "embeddings=int8": "output, scheme, tokens, train; it is called memory.embeddings; it is called scheme.embeddings",
     "adapter=lorra": "unknown adapter method 'lorra' (did you mean 'lora'?); legal:",
     "adapter=7": "adapter is 7; legal: a method's name or {method: ..., targets: ..., options}",
     "adapter.method=7": "unknown adapter method '7'; legal:",
@@ -359,7 +359,7 @@ def test_keys_for_the_docs() -> None:
     assert rows["train.lr"] == ("train.lr", 2e-4, "a number > 0", "peak learning rate")
     assert rows["model"].default == "required"
     assert (rows["scheme"].default, rows["adapter"].default) == ("nf4", "lora")
-    assert len(rows) == len(table) == 61
+    assert len(rows) == len(table) == 65
     assert all(row.doc and row.legal for row in rows.values())
     assert not [name for name in rows if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", name)]
 

@@ -88,6 +88,7 @@ TOKENS = {"train__micro_batch": None, "train__micro_tokens": 40, "data__eval": N
 STREAMED = BF16 | {"memory__weights": "disk"}
 CASES = {
     "lora": {"adapter__dropout": 0.1, "train__eval_every": 3, "train__accumulate": 2},
+    "rows": BF16 | {"tokens__add": ["w1 w1"], "tokens__train": ["w5", "w6"]},
     "adamw8": STREAMED | TOKENS | {"train__optimizer": "adamw8", "small": 64},
 }
 MORE = {

@@ -244,11 +244,11 @@ def _is_spec(value: Mapping[str, Any]) -> bool:
 
 
 def _are_tokens(given: Any) -> bool:
-    return isinstance(given, list) and all(
+    fine = isinstance(given, list) and all(
         isinstance(token, dict) and isinstance(token.get("text"), str) and type(token.get("id")) is int
-        and token["id"] >= 0
         for token in given
     )  # fmt: skip
+    return fine and len({token["id"] for token in given if token["id"] >= 0}) == len(given)
 
 
 def _read_tensors(path: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:

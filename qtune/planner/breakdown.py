@@ -53,7 +53,8 @@ def _row(trace: Trace, block: int, released: str, checkpointing: bool) -> Row:
         "scratch": ("transient", "kernels' scratch"),
         "workspace": ("runtime", "cuBLAS workspaces"),
     }
-    if kind == "adapters" and trace.names.get(block, "").endswith(".rows"):
+    name = trace.names.get(block, "")
+    if kind == "adapters" and name.endswith(".rows") and ".adapter." not in name:
         return "adapters", "rows of tokens"
     if kind in known:
         return known[kind]
