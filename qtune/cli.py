@@ -13,12 +13,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .completion import options as completion_options
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory, one_of
+from .evaluation.command import options as eval_options
 from .explain.command import options as explain_options
 from .init_command import options as init_options
 from .planner.command import options as plan_options
@@ -48,12 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan_options(command("plan", "Say what training will take, and whether it fits: from the model's configuration."))
     data_options(command("data", "Show what training data is made of: format, counts, tokens, what is trained."))
 
-    sub = command("eval", "Loss, perplexity and accuracy of a run on its held-out data, or on other data.")
-    sub.add_argument("run", metavar="RUN", help="folder of a run")
-    sub.add_argument("--data", metavar="FILE", help="records to evaluate on; default: data.eval of the run's recipe")
-    sub.add_argument("--base", action="store_true", help="also evaluate the base without its adapter")
-    sub.add_argument("--batch", type=int, metavar="N", help="examples at a time; default: as in training")
-    sub.add_argument("--device", help="auto, cuda, mps or cpu; default: the recipe's")
+    eval_options(command("eval", "Loss, perplexity, accuracy, exact match and tasks, of a run or a model."))
 
     sub = command("merge", "Write base + adapter as a plain transformers checkpoint and verify it.")
     sub.add_argument("run", metavar="RUN", help="folder of a run")
@@ -225,33 +220,9 @@ def _data(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from .adapters import enable_adapters
-    from .batches import Capacity
-    from .data import load_held_out
-    from .evaluate import evaluate
-    from .runs import open_run
-    from .step import LanguageModel
+    from .evaluation.command import evaluate_command
 
-    screen = _screen(args)
-    if args.batch is not None and args.batch < 1:
-        raise QtuneError("Q102", f"--batch is {args.batch}; legal: 1 or more")
-    run = open_run(Path(args.run), screen, device=args.device)
-    keys = run.recipe.data
-    if args.data:
-        keys = replace(keys, eval=args.data)
-    examples, report = load_held_out(keys, run.tokenizer, seed=run.recipe.train.seed, screen=screen)
-    if report is None:
-        raise QtuneError("Q106", f"the recipe of {args.run} has neither data.eval nor data.split; give --data FILE")
-    screen.line(str(report))
-    capacity = Capacity(args.batch) if args.batch else replace(Capacity.of(run.recipe.train), packed=False)
-    results = {}
-    for name, enabled in ((("base", False),) if args.base else ()) + (("adapter", True),):
-        enable_adapters(run.model, enabled)
-        with screen.bar(f"evaluating {name}", len(examples)) as advance:
-            result = evaluate(LanguageModel(run.model), examples, capacity=capacity, advance=advance)
-        screen.line(f"{name:8} {result}")
-        results[name] = result.to_dict()
-    _emit(args, results)
+    evaluate_command(args, _screen(args), lambda value: _emit(args, value))
 
 
 def _merge(args: argparse.Namespace) -> None:

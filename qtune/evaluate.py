@@ -69,11 +69,17 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, examples: Sequence[Example], *, capacity: Capacity, advance: Advance | None = None
+    model: LanguageModel,
+    examples: Sequence[Example],
+    *,
+    capacity: Capacity,
+    advance: Advance | None = None,
+    choice: bool = True,
 ) -> EvalResult:
     """Loss over all examples; where they all answer with one of a few token sequences, also how often the likeliest
-    one is right. capacity: of a micro-batch; training's is enough, so that no evaluation takes more than training."""
-    answers = choices_of(examples)
+    one is right (choice: False leaves that out). capacity: of a micro-batch; training's is enough, so that no
+    evaluation takes more than training."""
+    answers = choices_of(examples) if choice else None
     device = device_of(model.model)
     mode = model.model.training
     model.model.eval()
@@ -96,7 +102,7 @@ def choices_of(examples: Sequence[Example]) -> list[tuple[int, ...]] | None:
     seen twice or more."""
     seen: Counter[tuple[int, ...]] = Counter()
     for example in examples:
-        answer = _answer(example)
+        answer = answer_of(example)
         if answer is None:
             return None
         seen[answer] += 1
@@ -105,7 +111,7 @@ def choices_of(examples: Sequence[Example]) -> list[tuple[int, ...]] | None:
     return sorted(seen) if len(seen) >= 2 and min(seen.values()) >= 2 else None
 
 
-def _answer(example: Example) -> tuple[int, ...] | None:
+def answer_of(example: Example) -> tuple[int, ...] | None:
     """The trained tokens, if they are one run after a prompt (a template may write white space behind it)."""
     start, end = example.trained.find(1), example.trained.rfind(1) + 1
     return tuple(example.input_ids[start:end]) if start >= 1 and 0 not in example.trained[start:end] else None
@@ -122,18 +128,19 @@ def _evaluate_choice(
     """Every answer's log likelihood after every prompt: the likeliest is the prediction, the right one's gives the
     loss. Each answer after a prompt is a row of its own, so the rows of one prompt may lie in several micro-batches."""
     examples = sorted(examples, key=lambda e: len(e.input_ids))
-    candidates = [_with_answer(example, answer) for example in examples for answer in answers]
-    scores, done = torch.empty(len(candidates)), 0
-    rows_apart = replace(capacity, packed=False)
-    for rows in rows_apart.fill(range(len(candidates)), [len(one.input_ids) for one in candidates]):
-        batch = collate([candidates[i] for i in rows])
-        scores[rows] = _log_likelihood(model, batch.to(device)).cpu()
-        now = (rows[-1] + 1) // len(answers)
+    candidates = [with_answer(example, answer) for example in examples for answer in answers]
+    done = 0
+
+    def scored(rows: int) -> None:
+        nonlocal done
+        now = rows // len(answers)
         if advance and now > done:
             advance(now - done)
         done = now
+
+    scores = _log_likelihoods(model, candidates, capacity, device, scored)
     scores = scores.view(len(examples), len(answers))
-    labels = [answers.index(_answer(e) or ()) for e in examples]
+    labels = [answers.index(answer_of(e) or ()) for e in examples]
     predicted = scores.argmax(dim=1).tolist()
     right = sum(p == label for p, label in zip(predicted, labels, strict=True))
     total = -sum(scores[i, label].item() for i, label in enumerate(labels))
@@ -142,7 +149,47 @@ def _evaluate_choice(
     return EvalResult(total / tokens, tokens, n, right / n, most / n, len(answers))
 
 
-def _with_answer(example: Example, answer: tuple[int, ...]) -> Example:
+@torch.no_grad()
+def log_likelihoods(
+    model: LanguageModel, candidates: Sequence[Example], *, capacity: Capacity, advance: Advance | None = None
+) -> Tensor:
+    """Summed log likelihood of the trained tokens of each candidate, fp32 [candidates] on the CPU."""
+    order = sorted(range(len(candidates)), key=lambda i: len(candidates[i].input_ids))
+    mode, done = model.model.training, 0
+
+    def scored(rows: int) -> None:
+        nonlocal done
+        if advance:
+            advance(rows - done)
+        done = rows
+
+    model.model.eval()
+    try:
+        found = _log_likelihoods(model, [candidates[i] for i in order], capacity, device_of(model.model), scored)
+    finally:
+        model.model.train(mode)
+    return torch.empty_like(found).scatter_(0, torch.tensor(order), found)
+
+
+def _log_likelihoods(
+    model: LanguageModel,
+    candidates: Sequence[Example],
+    capacity: Capacity,
+    device: torch.device,
+    scored: Callable[[int], None],
+) -> Tensor:
+    """Of each candidate, in their order. scored: gets the number of those that are done."""
+    scores = torch.empty(len(candidates))
+    rows_apart = replace(capacity, packed=False)
+    for rows in rows_apart.fill(range(len(candidates)), [len(one.input_ids) for one in candidates]):
+        batch = collate([candidates[i] for i in rows])
+        scores[rows] = _log_likelihood(model, batch.to(device)).cpu()
+        scored(rows[-1] + 1)
+    return scores
+
+
+def with_answer(example: Example, answer: tuple[int, ...]) -> Example:
+    """The example with another answer behind its prompt."""
     start = example.trained.find(1)
     ids = example.input_ids[:start]
     ids.extend(answer)
@@ -185,7 +232,6 @@ def generate(
         )
     device = device_of(model)
     ids = torch.tensor([list(prompt_ids)], device=device)
-    stops = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
@@ -193,14 +239,22 @@ def generate(
         options["max_time"] = max_seconds
     if stream is not None:
         options["streamer"] = _streamer(tokenizer, stream)
-    options["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    options |= special_tokens(model, tokenizer)
     mode = model.training
     model.eval()
     try:
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=sorted(stops), **options)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     finally:
         model.train(mode)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def special_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What ends a text, the tokenizer's EOS and the model's own stop tokens, and what pads: options of transformers'
+    `generate`."""
+    stops = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {"eos_token_id": sorted(stops), "pad_token_id": pad}
 
 
 def _streamer(tokenizer: Any, stream: IO[str]) -> Any:

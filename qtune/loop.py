@@ -51,7 +51,7 @@ class TrainResult:
     """steps: done, of which `skipped` changed nothing (with train.update_in_backward: only layers above the one whose
     gradient was not finite); with what was done before a resumption. before, after:
     evaluations at step 0 and at the end. interrupted: by Ctrl-C or SIGTERM, saved. best: the step whose adapter is the
-    run's, where train.keep_best chose it."""
+    run's, where train.keep_best chose it. early: stopped by train.patience."""
 
     folder: Path
     steps: int = 0
@@ -63,6 +63,7 @@ class TrainResult:
     before: EvalResult | None = None
     after: EvalResult | None = None
     best: int | None = None
+    early: bool = False
 
 
 class Trainer:
@@ -94,7 +95,7 @@ class Trainer:
         self.in_row = 0  # steps that were skipped, up to now
         self.best: tuple[float, int] | None = None  # evaluation loss and step, with keep_best
         self.before: tuple[Saved, Sequence[Mapping[str, Any]]] | None = None
-        self.evaluated: dict[int, EvalResult] = {}  # by step, before a resumption
+        self.evaluated: dict[int, EvalResult] = {}  # by step, also of before a resumption
         self.figures: dict[str, str] = {}  # of the last step and evaluation, for the screen
         self.train_step = self._step()
 
@@ -161,7 +162,7 @@ class Trainer:
             if result.steps:
                 self._on_the_way(result, interrupted)
             for step in range(result.steps + 1, self.steps + 1):
-                if interrupted():
+                if interrupted() or self._no_better(result):
                     return
                 tick = time.perf_counter()
                 batches = [batch.to(self.device) for batch in islice(data, self.keys.accumulate)]
@@ -229,7 +230,7 @@ class Trainer:
         self._log(step, {"skipped": result.skipped, "why": str(error), "lr": self.keys.lr * factor})
 
     def _evaluate(self, step: int, label: str, interrupted: Callable[[], bool] = lambda: False) -> EvalResult:
-        if step in self.evaluated:  # before the run was stopped
+        if step in self.evaluated:  # before the run was stopped, or on the way
             result = self.evaluated[step]
         else:
             with self.screen.bar("evaluating", len(self.held_out), passing=True) as advance:
@@ -240,7 +241,9 @@ class Trainer:
                         raise _Stopped
 
                 result = evaluate(self.model, self.held_out, capacity=self.capacity, advance=tick)
-            self._log(step, result.to_dict())
+            self.evaluated[step] = result
+            since = {} if self.keys.patience is None else {"since_best": self._since_best()[1]}
+            self._log(step, result.to_dict() | since)
         self.screen.line(f"eval  {label}: {result}")
         self.figures["eval loss"] = f"{result.loss:.3f} (step {step})"
         return result
@@ -251,6 +254,27 @@ class Trainer:
         if better:
             self.best = loss, step
         return better
+
+    def _since_best(self) -> tuple[int, int]:
+        """The step of the lowest loss of all evaluations, and how many came after it."""
+        steps = sorted(self.evaluated)
+        losses = [found.loss if math.isfinite(found.loss) else math.inf for _, found in sorted(self.evaluated.items())]
+        at = losses.index(min(losses))
+        return steps[at], len(steps) - 1 - at
+
+    def _no_better(self, result: TrainResult) -> bool:
+        """Has train.patience run out? Told once."""
+        if self.keys.patience is None or not self.evaluated:
+            return False
+        best, since = self._since_best()
+        result.early = since >= self.keys.patience
+        if result.early:
+            self.screen.line(
+                f"stopped at step {result.steps} of {self.steps}: {since} evaluation{'s' * (since != 1)} in a row "
+                f"without a lower loss than the {self.evaluated[best].loss:.4f} of step {best} (train.patience)",
+                "yellow",
+            )
+        return result.early
 
     def _choose(self, result: TrainResult) -> None:
         """At the end: with train.keep_best the run's adapter is that of the best evaluation."""

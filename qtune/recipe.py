@@ -351,6 +351,11 @@ class _Reader:
                 f"train.eval_every is {train.eval_every}, but data.eval is null; legal: null, or give data.eval or "
                 "data.split"
             )
+        if train.patience is not None and train.eval_every is None:
+            self.faults.append(
+                f"train.patience is {train.patience}, but train.eval_every is null: there is no evaluation to wait "
+                "for; legal: null, or give train.eval_every"
+            )
         if train.keep_best and train.eval_every is None:
             self.faults.append(
                 "train.keep_best is true, but train.eval_every is null: there is nothing to choose from; "

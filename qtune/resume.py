@@ -33,8 +33,8 @@ from .vocabulary import rows_of
 FREE = (
     "model", "output", "device", "budget", "data", "calibrate.data", "memory", "train.steps", "train.epochs",
     "train.checkpointing", "train.max_skipped", "train.eval_every", "train.eval_at_start", "train.save_every",
-    "train.keep", "train.keep_best", "train.log_every", "train.dry_step", "train.samples", "train.trackers",
-    "train.report",
+    "train.keep", "train.keep_best", "train.patience", "train.log_every", "train.dry_step", "train.samples",
+    "train.trackers", "train.report",
 )  # fmt: skip
 SAMPLE = 1 << 16  # bytes of each tensor of the base that its digest is made of
 FROM = "To take the adapter's weights alone into another run, use --from RUN and another output"
@@ -115,15 +115,18 @@ def saved_recipe(saved: Saved) -> Recipe:
 
 
 def check_data(saved: Saved, recipe: Recipe, examples: Sequence[Example], held_out: Sequence[Example]) -> None:
-    """Raises QtuneError where the examples are not those of the run; the held-out ones matter to keep_best alone."""
+    """Raises QtuneError where the examples are not those of the run; the held-out ones matter to keep_best and patience
+    alone."""
     there, kept = saved.info["data"], _flat(saved_recipe(saved))
     here = _flat(recipe)
     keys = [_differs(k, here, kept) for k in here if k.startswith("data.") and here[k] != kept.get(k)]
     faults = []
     if there.get("train") != data_digest(examples):
         faults.append(f"the training examples are others ({'; '.join(keys) or 'the files have changed'})")
-    if recipe.train.keep_best and there.get("eval") != (data_digest(held_out) if held_out else None):
-        faults.append("the held-out examples, by which train.keep_best compares, are others")
+    compares = [f"train.{key}" for key in ("keep_best", "patience") if getattr(recipe.train, key)]
+    if compares and there.get("eval") != (data_digest(held_out) if held_out else None):
+        verb = "compares" if len(compares) == 1 else "compare"
+        faults.append(f"the held-out examples, by which {' and '.join(compares)} {verb}, are others")
     _refuse(saved, faults)
 
 

@@ -181,6 +181,10 @@ class TrainKeys:
         "the run is done; needs eval_every",
         False,
     )  # fmt: skip
+    patience: int | None = key(
+        "whole", "stop after so many evaluations in a row without a lower loss than the best before; needs eval_every",
+        None, low=1, null=True,
+    )  # fmt: skip
     log_every: int = key("whole", "steps between lines of metrics", 1, low=1)
     samples: int = key(
         "whole", "held-out prompts (of data.eval) that are continued before and after training, for the report", 3,

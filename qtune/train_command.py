@@ -67,7 +67,7 @@ def train(args: argparse.Namespace, screen: Any, emit: Callable[[Any], None]) ->
     evals = {name: e.to_dict() for name, e in (("before", result.before), ("after", result.after)) if e is not None}
     emit({
         "run": run, "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds,
-        "interrupted": result.interrupted, "best": result.best, **evals,
+        "interrupted": result.interrupted, "best": result.best, "early": result.early, **evals,
     })  # fmt: skip
     if result.interrupted:
         raise SystemExit(130)

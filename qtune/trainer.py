@@ -56,6 +56,7 @@ from .runs import (
     refuse_ranks,
     save_kept,
     start_base,
+    tokenizer_of,
     told_of_memory,
 )
 from .safe_io import claimed, write_text
@@ -153,7 +154,7 @@ def _train(
     )
     if not result.interrupted:
         record.sample("after", model, tokenizer, held_out)
-    record.end(result.steps, result.interrupted, result.best)
+    record.end(result.steps, result.interrupted, result.best, result.early)
     return result
 
 

@@ -44,6 +44,7 @@ ORDER = (
     {"resume"},
     {"step"},
     {"evaluate"},
+    {"evaluation"},
     {"verify", "card"},
     {"export"},
     {"planner"},
@@ -59,7 +60,8 @@ ORDER = (
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Libraries that only some rooms may import; elsewhere in qtune/ and kernels/ they are forbidden.
 RESERVED = {
-    "transformers": {"model", "starting", "data", "planner", "export", "verify", "evaluate"},
+    "transformers": {"model", "starting", "data", "planner", "export", "verify", "evaluate", "evaluation"},
+    "lm_eval": {"evaluation"},
     "gguf": {"gguf"},
     "triton": {"_kernels"},
     "peft": set(),

@@ -127,6 +127,8 @@ BAD = {
     "train.save_every=x": "train.save_every is 'x'; legal: a whole number >= 1 or null",
     "train.keep=0": "train.keep is 0; legal: a whole number >= 1",
     "train.keep_best=true": "train.keep_best is true, but train.eval_every is null: there is nothing to choose from",
+    "train.patience=0": "train.patience is 0; legal: a whole number >= 1 or null",
+    "train.patience=2": "train.patience is 2, but train.eval_every is null: there is no evaluation to wait for; legal",
     "train.log_every=null": "train.log_every is null; legal: a whole number >= 1",
     "train.samples=-1": "train.samples is -1; legal: a whole number >= 0",
     "train.report=yes please": "train.report is 'yes please'; legal: true or false",
@@ -359,7 +361,7 @@ def test_keys_for_the_docs() -> None:
     assert rows["train.lr"] == ("train.lr", 2e-4, "a number > 0", "peak learning rate")
     assert rows["model"].default == "required"
     assert (rows["scheme"].default, rows["adapter"].default) == ("nf4", "lora")
-    assert len(rows) == len(table) == 65
+    assert len(rows) == len(table) == 66
     assert all(row.doc and row.legal for row in rows.values())
     assert not [name for name in rows if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", name)]
 

@@ -231,7 +231,7 @@ def _is_site(site: Any) -> bool:
     if not isinstance(site, dict) or not isinstance(site.get("magnitude"), float):
         return False
     start = site.get("start", {"before": 0.0, "after": 0.0, "weighted": False})
-    kinds = {"before": (int, float), "after": (int, float), "weighted": bool}
+    kinds: dict[str, Any] = {"before": (int, float), "after": (int, float), "weighted": bool}
     return isinstance(start, dict) and set(start) == set(kinds) and all(isinstance(start[k], kinds[k]) for k in kinds)
 
 

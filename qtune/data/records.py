@@ -52,13 +52,13 @@ class Faults:
         if len(self.first) < SHOWN_FAULTS:
             self.first.append(f"{place}: {fault}" if place else str(fault))
 
-    def error(self) -> QtuneError:
+    def error(self, legal: str = LEGAL) -> QtuneError:
         """All of them in one error."""
         more = f"\n  ... and {self.count - SHOWN_FAULTS} more" if self.count > SHOWN_FAULTS else ""
         listed = "".join(f"\n  {fault}" for fault in self.first)
         plural = "s" * (self.count > 1)
         return QtuneError(
-            "Q206", f"{self.name}: {self.count} bad record{plural}:{listed}{more}\n  legal records: {LEGAL}"
+            "Q206", f"{self.name}: {self.count} bad record{plural}:{listed}{more}\n  legal records: {legal}"
         )
 
 

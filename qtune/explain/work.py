@@ -133,6 +133,18 @@ Q808 A tracker that did not start
 The service named in train.trackers refused to begin (no login, no network).
 > Log in to it, or leave it out; metrics.jsonl is always written.
 
+Q809 Data that a metric cannot be asked of
+The metric needs answers, or choices, that the held-out records do not have.
+> Give data of a form that the message lists with --data, or another --metric.
+
+Q810 A metric of your own that fails
+The Python file of --metric has no function `metric`, its function takes other arguments, raises, or returns no number.
+> The message names the file, the line and the example. Legal is metric(prompt, answer, expected) -> float.
+
+Q811 A task that lm-eval cannot load
+The harness knows no task of that name, or cannot read its file or data.
+> `lm_eval ls tasks` lists the names; in a YAML file, paths of data are relative to the current folder.
+
 = Q9: the system
 
 Q901 A file or folder that cannot be written

@@ -109,7 +109,8 @@ def status(run: Reading) -> str:
     of = f"{steps:,} of {wanted:,} steps" if wanted and wanted != steps else f"{steps:,} step{'s' * (steps != 1)}"
     if not ended:
         return f"{of}, no end recorded" if run.record else of
-    how = "interrupted" if ended["interrupted"] else "finished"
+    early = "stopped early, as the evaluation got no better," if ended.get("early") else "finished"
+    how = "interrupted" if ended["interrupted"] else early
     best = ended.get("best")
     of_best = f", with the adapter of step {best:,}, the best by its evaluation" if best not in (None, steps) else ""
     return f"{of}, {how} {date(ended['at'])}{of_best}"

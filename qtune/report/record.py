@@ -130,10 +130,12 @@ class Recorder:
         self.content["samples"] = rows
         self._write()
 
-    def end(self, steps: int, interrupted: bool, best: int | None) -> None:
+    def end(self, steps: int, interrupted: bool, best: int | None, early: bool) -> None:
         """The training is over, with everything saved: write how it ended, and the page. best: the step whose adapter
-        is the run's, where it is not the last."""
-        self.content["ended"] = {"at": _now(), "steps": steps, "interrupted": interrupted, "best": best}
+        is the run's, where it is not the last. early: train.patience ended it."""
+        self.content["ended"] = {
+            "at": _now(), "steps": steps, "interrupted": interrupted, "best": best, "early": early,
+        }  # fmt: skip
         self._write()
         if self.recipe.train.report:
             try:
