@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ..checkpoint import Piece, faults_error
 from ..errors import QtuneError
 from ..quant import Dense, Mixed, QuantEmbedding, QuantLinear, Scheme, Storage
+from ..screen import size
 from . import names
 from .layerwise import decoder_layers
 from .skeleton import Origin, compute_buffers, dense_experts, dtypes_of, empty, linear_sizes, replace
@@ -341,9 +342,9 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 
 def _warn_of_experts(model: PreTrainedModel, origin: Origin) -> None:
-    for kind, (count, size) in {} if isinstance(origin.scheme, Dense) else dense_experts(model).items():
+    for kind, (count, nbytes) in {} if isinstance(origin.scheme, Dense) else dense_experts(model).items():
         note = (
-            f"{count} fused expert weights of {kind}, {size / 1e9:.3g} GB, stay dense in {origin.dtype}: "
+            f"{count} fused expert weights of {kind}, {size(nbytes)}, stay dense in {origin.dtype}: "
             f"the class computes more than the products and the gate that {origin.scheme} can be put under"
         )
         origin.notes.append(note)

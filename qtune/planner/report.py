@@ -113,6 +113,12 @@ def _micro_batch(shape: Shape) -> str:
     return f"{shape.rows:,} example{'s' * (shape.rows != 1)} of {shape.length:,} tokens"
 
 
+def limit(request: Request) -> str:
+    """The bytes that may be used, beside what the user wrote."""
+    typed = request.typed.get("budget")
+    return f"{typed} = {size(request.budget)}" if typed else size(request.budget)
+
+
 def _limit(plan: Plan) -> str:
     return "" if plan.budget == plan.device.memory else f", of which {size(plan.budget)} may be used"
 
@@ -193,7 +199,7 @@ def show_fit(found: Fit, request: Request, screen: Screen) -> None:
     for line in head(found.start):
         screen.line(line)
     screen.line()
-    screen.line(f"Limit {size(request.budget)}. Each row keeps the changes above it:")
+    screen.line(f"Limit {limit(request)}. Each row keeps the changes above it:")
     screen.line()
     made = changes("saved", "the price")
     made.add_row("the recipe as it is", *_peak(found.start), "", seconds(found.start), "")
@@ -260,7 +266,7 @@ def show_explained(start: Plan, rows: Sequence[Row], request: Request, screen: S
     for line in head(start):
         screen.line(line)
     screen.line()
-    screen.line(f"Limit {size(request.budget)}. One change at a time, from the recipe as it is; time is for a token:")
+    screen.line(f"Limit {limit(request)}. One change at a time, from the recipe as it is; time is for a token:")
     screen.line()
     made = changes("difference", "")
     shown_start = False
