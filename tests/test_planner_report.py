@@ -409,6 +409,18 @@ def test_other_suffixes_and_a_limit_far_away(asked: Request, tmp_path: Path, suf
     assert {"batch 1", "batch 8", "this recipe: 1 x 512, 512.0 MiB", "NVIDIA GeForce RTX 4090: 23.61 GiB"} <= set(words)
 
 
+def test_names_in_a_picture_lie_beside_each_other_and_none_is_cut(asked: Request) -> None:
+    long = replace(asked, device=replace(asked.device, name="Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz " * 2))
+    lines = {rows: [(n, 2**30 + rows * n * 2**10) for n in (256, 512)] for rows in (1, 2, 4, 8)}
+    made = sweep.picture(sweep.Sweep(long, lines, (1, 512, 2**30)))
+    title = made.texts[0].get_text().splitlines()
+    assert len(title) == 2 and max(map(len, title)) <= sweep.WIDE
+    heights = [text.xy[1] for text in made.axes[0].texts if text.get_text().startswith("batch")]
+    top = made.axes[0].get_ylim()[1]
+    gaps = [after - before for before, after in zip(heights, heights[1:], strict=False)]
+    assert min(gaps) >= 0.99 * sweep.APART * top
+
+
 def test_pictures_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder.png").mkdir()
     for name, words in (

@@ -202,7 +202,8 @@ def _limit(axes: Any, request: Request, limit: float, left: int) -> None:
     whose = request.device.name if request.budget == request.device.memory else "the limit given"
     axes.annotate(
         f"{whose}: {size(request.budget)}", (left, limit), (0, 4), textcoords="offset points",
-        color=ALARM, weight="bold", va="bottom",
+        color=ALARM, weight="bold", va="bottom", zorder=6,  # a line may cross it
+        bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1},
     )  # fmt: skip
 
 
