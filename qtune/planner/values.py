@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .fit import Fit, Row, peak, shown
+from .fit import Fit, Row, peak, shown, tokens_per_second
 from .plan import Plan
 from .request import Request
 
@@ -27,6 +27,10 @@ def plan_dict(plan: Plan, request: Request) -> dict[str, Any]:
         "allocated": plan.allocated,
         "reserved": plan.reserved,
         "process": plan.process,
+        "waiting": plan.waiting,
+        "files": plan.files,
+        "room": asdict(plan.room),
+        "short": [asdict(short) for short in plan.short],
         "groups": plan.groups,
         "items": [asdict(item) for item in plan.items],
         "moment": {**asdict(plan.moment), "text": str(plan.moment)},
@@ -67,6 +71,7 @@ def rows_dict(start: Plan, rows: Sequence[Row], request: Request) -> dict[str, A
                 "text": row.words, "cost": row.cost, "difference": row.difference,
                 "peak": None if row.plan is None else peak(row.plan),
                 "verdict": None if row.plan is None else row.plan.verdict,
+                "tokens_per_second": (tokens_per_second(row.plan) or None) if row.plan is not None else None,
             }
             for row in rows
         ],

@@ -238,7 +238,7 @@ def planned_peak(recipe: Recipe, examples: Sequence[Example], screen: Screen) ->
         screen.line(f"note: the memory of this run is not planned: {error}", "yellow")
         return {"why": str(error)}
     if recipe.budget is None:  # else it was told beside it
-        screen.line(f"plan  {size(plan.process)} at the peak of the process")
+        screen.line(f"plan  {size(plan.process)} at the peak of a training step")
     return {
         "device": device.name, "allocated": plan.allocated, "reserved": plan.reserved, "process": plan.process,
         "groups": dict(plan.groups),
