@@ -78,6 +78,7 @@ def near(one: Any, other: Any) -> bool:
     return one == other if isinstance(other, (str, int)) else one == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_lm_evals_own_model(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,6 +75,7 @@ def test_a_stopped_run_counts_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert once_more.early
 
 
+@pytest.mark.slow
 def test_more_patience_goes_on(tmp_path: Path) -> None:
     recipe = small(tmp_path, **keys(tmp_path))
     assert train(recipe).steps == 5
