@@ -24,6 +24,7 @@ from qtune.errors import QtuneError
 from qtune.evaluate import generate
 from qtune.export import export_peft, merge
 from qtune.loss import LossOptions
+from qtune.memory.table import table_on_host
 from qtune.model import load, load_tokenizer
 from qtune.quant import QuantLinear, scheme_from
 from qtune.recipe import Recipe
@@ -118,6 +119,24 @@ def test_a_packed_table_and_head_take_rows(family: str, embeddings: str, tmp_pat
     )
 
 
+@pytest.mark.parametrize("embeddings", [None, "nf4"])
+def test_the_table_may_lie_in_host_memory(embeddings: str | None, tmp_path: Path) -> None:
+    """Before the rows are put in, as in a run, or after, as in a plan."""
+    tiny.saved("llama", tmp_path)
+    found = []
+    for moves in ((), (True, False), (False, True)):
+        scheme = scheme_from(embeddings) if embeddings else None
+        model: Any = load(tmp_path, scheme_from("nf4"), embeddings=scheme)
+        for rows in moves or (True,):
+            if rows:
+                give_rows(model, TOKENS, "mean")
+            else:
+                assert table_on_host(model, "cuda") == ""
+        assert type(model.get_input_embeddings().base).__name__.startswith("Hosted") == bool(moves)
+        found.append(tiny.logits(model, torch.tensor([[*IDS, 7, 8]])))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 # ---- first values
 
 
@@ -153,7 +172,7 @@ def recipe(root: Path, family: str, **changes: Any) -> Recipe:
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that learned to end its answers with a new token."""
     root = tmp_path_factory.mktemp(request.param)
-    made = recipe(root, request.param, train__steps=40, train__lr=2e-2)
+    made = recipe(root, request.param, train__steps=40)
     base = load(made.model, made.scheme, dtype=torch.float32)
     digest = base_digest(base)
     folder = train(made, screen=QUIET).folder
@@ -165,7 +184,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_a_model_learns_to_say_a_new_token(finished: Run) -> None:
     prompt = finished.tokenizer("<q> w1 w20 w30")["input_ids"]
     assert prompt[0] == tiny.VOCAB
-    assert generate(finished.model, finished.tokenizer, prompt, max_new_tokens=8).split()[1:] == ["<end>"]
+    assert generate(finished.model, finished.tokenizer, prompt, max_new_tokens=8).split() == ["w5", "<end>"]
     info = read_adapter_json(finished.adapter)
     assert info["tokens"] == [{"text": "w5", "id": 9}, {"text": "<q>", "id": 131}, {"text": "<end>", "id": 132}]
     assert info["parameters"] == sum(p.numel() for p in finished.model.parameters() if p.requires_grad)
@@ -208,6 +227,20 @@ def test_peft_computes_the_same(finished: Run, tmp_path: Path, capsys: pytest.Ca
     prompt = finished.tokenizer("<q> w1 w5 <end>")["input_ids"]
     (ours,), logits = logits_of(finished.model, [prompt]), theirs(torch.tensor([prompt])).logits[0]
     torch.testing.assert_close(ours, logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_first_values_of_an_adapter_leave_the_rows_alone(tmp_path: Path) -> None:
+    """On the original weights goes what a PiSSA learned, and the rows as they were trained."""
+    pissa = {"method": "pissa", "rank": 4}
+    run = open_run(train(recipe(tmp_path, "llama-tied", train__steps=3, adapter=pissa)).folder, QUIET)
+    own = rows_of(run.model)
+    assert own is not None
+    trained = own.table.rows.detach().clone()
+    merge(run, tmp_path / "merged", dtype="float32", keep_base="original", screen=QUIET)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(plain.get_input_embeddings().weight[own.table.ids], trained)
+    export_peft(run, tmp_path / "peft", QUIET)
 
 
 def test_an_adapter_of_another_kind_is_refused_by_peft() -> None:
