@@ -17,16 +17,12 @@ SHELLS = ("bash", "zsh", "fish")
 KEYS = "_qtune_keys"  # the function that completes KEY=VALUE
 FILES = {"FILE", "FILE|RECIPE", "RECIPE", "RUN|MODEL", "MODEL"}  # metavars; a folder is a file as well
 FOLDERS = {"RUN", "DIR"}
-TO_FILE = {
-    "bash": "~/.local/share/bash-completion/completions/qtune", "zsh": "~/.zfunc/_qtune, with ~/.zfunc in fpath",
-    "fish": "~/.config/fish/completions/qtune.fish",
-}  # fmt: skip
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The options of `qtune completion`."""
-    where = "; ".join(f"{shell}: write it to {TO_FILE[shell]}" for shell in SHELLS)
-    parser.add_argument("shell", choices=SHELLS, help=where)
+    where = "source it in ~/.bashrc; for zsh: as _qtune in a folder of $fpath; fish: in ~/.config/fish/completions"
+    parser.add_argument("shell", choices=SHELLS, help=f"for bash: {where}")
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:

@@ -31,7 +31,7 @@ from .trainer import carrying_adapter, check_disk, check_free, check_start, chec
 from .units import parse_size
 from .vocabulary import Token
 
-FORWARD = 1 / 3  # of a training step's time is what an evaluation of as many tokens takes
+FORWARD = 1 / 3  # of a training step: a backward pass computes twice as much as a forward pass
 T = TypeVar("T")
 
 
@@ -161,8 +161,11 @@ def _plan(recipe: Recipe, sets: Sets, screen: Screen) -> tuple[bool, str]:
     from .planner.measure import free_memory
     from .planner.request import lengths_of
 
+    here = pick_device(recipe.device)
+    if here.type not in ("cpu", "cuda") and recipe.budget is None:
+        return True, f"none: what training takes on {here.type} cannot be planned"
     try:
-        device = find_device(str(pick_device(recipe.device)))
+        device = find_device(str(here))
         budget = parse_size(recipe.budget) if recipe.budget else device.memory
         shape = lengths_of([*sets.train, *sets.held_out])
         plan = refuse_beyond(recipe, budget, device, shape=shape, screen=screen)

@@ -65,7 +65,7 @@ def init(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) 
     screen.title("Recipe")
     screen.line(f"wrote {out}: read it, every value says why it is what it is")
     screen.line(f"next:  qtune data {shlex.quote(str(out))}     shows what is learned")
-    screen.line(f"       qtune train {shlex.quote(str(out))}    trains; with --dry-run it first checks everything")
+    screen.line(f"       qtune train {shlex.quote(str(out))}    trains; with --dry-run it only checks everything")
     emit({
         "recipe": str(out), "values": dict(proposal.values), "verdict": plan.verdict, "peak": peak(plan),
         "budget": plan.budget, "steps": request.steps(), "examples": len(proposal.sets.train),

@@ -17,6 +17,7 @@ from typing import Any
 from .batches import Capacity, padding, steps_of
 from .data import DataReport, Example, load_sets, load_source
 from .data.load import Sets
+from .data.records import PLAIN
 from .data.sources import open_source as open_data
 from .errors import QtuneError
 from .model import load_tokenizer, names
@@ -211,7 +212,8 @@ def _counts(made: _Choices, recipe: Recipe, sets: Sets) -> None:
     report, number, held = sets.report, len(sets.train), len(sets.held_out)
     within = f"{1 - report.truncated / report.records:.1%} of the examples have no more tokens"
     made.why["data.max_length"] = made.why["data.max_length"] or (
-        f"{within}; {report.truncated:,} longer ones, of up to {report.longest:,}, are cut" if report.truncated
+        "tokens of the pieces that text is cut into" if report.format == PLAIN
+        else f"{within}; {report.truncated:,} longer ones, of up to {report.longest:,}, are cut" if report.truncated
         else f"tokens; the longest example has {report.longest:,}"
     )  # fmt: skip
     steps = steps_of(recipe.train, [len(example.input_ids) for example in sets.train])

@@ -126,7 +126,8 @@ def _bars(lengths: list[int], screen: Screen) -> None:
         table.add_column(name, justify="right" if side == "right" else "left")
     for row in rows:
         bar = "█" * round(WIDTH * row["examples"] / most) or "▏" * bool(row["examples"])
-        table.add_row(f"{row['from']:,} - {row['to']:,}", f"{row['examples']:,}", f"[cyan]{bar}[/cyan]")
+        span = f"{row['from']:,} - {row['to']:,}" if row["to"] > row["from"] else f"{row['to']:,}"
+        table.add_row(span, f"{row['examples']:,}", f"[cyan]{bar}[/cyan]")
     screen.console.print(table)
     told = ", ".join(f"{share} up to {length:,}" for share, length in quantiles(lengths).items())
     screen.line(f"tokens of an example: {told}; longest {max(lengths):,}")

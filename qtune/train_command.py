@@ -10,9 +10,7 @@ from typing import Any
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The options of `qtune train`."""
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="YAML file (configs/first.yaml explains every key), or the folder of a run"
-    )
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file (`qtune init` writes one), or the folder of a run")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="changes of the recipe, such as train.lr=1e-4"
     )
@@ -101,6 +99,8 @@ def recipe_of(args: argparse.Namespace) -> Any:
     from .runs import RECIPE
 
     path = Path(args.recipe).expanduser()
+    if not path.exists():
+        raise QtuneError(f"there is no recipe {path}; `qtune init` writes one")
     if not path.is_dir():
         return Recipe.load(Path(args.recipe), args.overrides)
     if not (path / RECIPE).is_file():
