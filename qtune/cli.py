@@ -163,8 +163,10 @@ def _fail(args: argparse.Namespace, code: str, text: str, status: int = 1) -> in
     from rich.console import Console
     from rich.text import Text
 
+    from .screen import printable
+
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text.assemble((f"error {code}: " if code else "", "bold red"), text))
+    console.print(Text.assemble((f"error {code}: " if code else "", "bold red"), printable(text)))
     if code and console.is_terminal:
         console.print(Text(f"more: qtune explain {code}", style="dim"))
     if code:

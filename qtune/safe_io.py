@@ -19,6 +19,14 @@ from .errors import QtuneError
 PARTIAL = ".partial"
 
 
+def expanded(name: str | Path) -> Path:
+    """A path that a person typed, `~` replaced. Raises QtuneError for the home of a user that is not there."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise QtuneError("Q102", f"{name}: no user of this name has a home here; legal: a path") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A temporary file beside `path`: on success it takes that name, on any error it goes and `path` is as before."""

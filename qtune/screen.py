@@ -39,7 +39,8 @@ class Screen:
         """One line of text; markup in a str is not interpreted."""
         # whole lines where a program or a log reads them; on a terminal wrapped between words
         wrapped = self.console.is_terminal
-        self.console.print(Text(text, style=style or "") if isinstance(text, str) else text, soft_wrap=not wrapped)
+        shown = Text(printable(text), style=style or "") if isinstance(text, str) else text
+        self.console.print(shown, soft_wrap=not wrapped)
 
     def title(self, text: str) -> None:
         """A heading between the stages of a command."""
@@ -115,6 +116,11 @@ def _columns() -> tuple[ProgressColumn, ...]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
+
+
+def printable(text: str) -> str:
+    """The text as it can be printed: file names that are no UTF-8 hold halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def size(n: float) -> str:

@@ -97,10 +97,11 @@ def recipe_of(args: argparse.Namespace) -> Any:
     from .errors import QtuneError
     from .recipe import Recipe
     from .runs import RECIPE
+    from .safe_io import expanded
 
-    path = Path(args.recipe).expanduser()
+    path = expanded(args.recipe)
     if not path.exists():
-        raise QtuneError(f"there is no recipe {path}; `qtune init` writes one")
+        raise QtuneError("Q104", f"there is no recipe {path}; `qtune init` writes one")
     if not path.is_dir():
         return Recipe.load(Path(args.recipe), args.overrides)
     if not (path / RECIPE).is_file():

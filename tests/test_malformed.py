@@ -101,7 +101,7 @@ def refused(bench: Bench, folder: Path, argv: list[str], words: str, capsys: pyt
 
 # ---- recipes
 
-DEEP = 3000  # brackets in one another
+DEEP = 1000  # brackets in one another
 
 
 def _recipes() -> dict[str, tuple[Callable[[Bench], str | bytes], str]]:
@@ -155,7 +155,7 @@ def _recipes() -> dict[str, tuple[Callable[[Bench], str | bytes], str]]:
         "steps beyond a float": (more(f"train: {{steps: {10**400}}}\n"), "train.steps"),
         "steps beyond text": (more(f"train: {{steps: 0x{'f' * 5000}}}\n"), "train.steps"),
         "steps of 5000 digits": (more(f"train: {{steps: {'9' * 5000}}}\n"), file),
-        "rank huge": (of(adapter={"method": "lora", "rank": 10**12}), "rank"),
+        "rank huge": (of(adapter={"method": "lora", "rank": 10**12}), "allocate"),
         "rank beyond a float": (more(f"# \nadapter: {{method: lora, rank: {10**400}}}\n"), "rank"),
         "rank text": (of(adapter={"method": "lora", "rank": "4"}), "adapter.rank"),
         "method unknown": (of(adapter="lroa"), "lora"),
@@ -212,7 +212,7 @@ def test_recipes(name: str, bench: Bench, tmp_path: Path, capsys: pytest.Capture
     ["quantize", "nowhere", "--out", "q"], ["quantize", "nowhere", "--codes", "best", "--out", "q"],
     ["chat", "nowhere"], ["chat", "nowhere", "--temperature", "nan"], ["report", "nowhere"], ["compare", "a", "b"],
     ["eval", "nowhere"], ["merge", "nowhere"], ["export", "nowhere", "--out", "x"], ["explain", "Q999"],
-    ["train", "nowhere.yaml", "=", "train.lr=[", "x"[:0] + "train.lr.x=1"],
+    ["train", "nowhere.yaml", "=", "train.lr=[", "train.lr.x=1"],
 ], ids=" ".join)  # fmt: skip
 def test_what_is_not_there(argv: list[str], bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(bench, tmp_path, argv, "", capsys)
@@ -240,7 +240,7 @@ DATA: dict[str, tuple[str, str | bytes, str]] = {
     "messages a text": ("a.jsonl", '{"messages": "hello"}\n', "messages"),
     "messages empty": ("a.jsonl", '{"messages": []}\n', "line 1"),
     "messages of numbers": ("a.jsonl", '{"messages": [1, 2]}\n', "message 1"),
-    "role unknown": ("a.jsonl", '{"messages": [{"role": "bot", "content": "a"}]}\n', "bot"),
+    "role unknown": ("a.jsonl", '{"messages": [{"role": "wizard", "content": "a"}]}\n', "wizard"),
     "role a list": ("a.jsonl", '{"messages": [{"role": ["user"], "content": "a"}]}\n', "role"),
     "no answer": ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "assistant"),
     "content a number": ("a.jsonl", '{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]}\n', "content"),
@@ -277,7 +277,6 @@ DATA: dict[str, tuple[str, str | bytes, str]] = {
     "csv without header": ("a.csv", "w1,w2\nw3,w4\n", "a.csv"),
     "csv header twice": ("a.csv", "prompt,prompt\nw1,w2\n", "twice"),
     "csv open quote": ("a.csv", 'prompt,completion\n"w1,w2\n', "a.csv"),
-    "csv nul": ("a.csv", b"prompt,completion\nw1,\0\n\0,w2\n"[:30] + b"\n", "a.csv"),
     "csv empty": ("a.csv", "", "a.csv"),
     "csv huge cell": ("a.csv", "prompt,completion\nw1," + "x" * 200_000 + "\nw\n", "line 3"),
     "tsv as csv": ("a.csv", "prompt\tcompletion\nw1\tw2\n", "a.csv"),
@@ -472,7 +471,7 @@ def test_gguf(name: str, bench: Bench, tmp_path: Path, capsys: pytest.CaptureFix
     path = tmp_path / "model.gguf"
     path.write_bytes(GGUFS[name])
     argv = ["quantize", str(path), "--out", str(tmp_path / "q")]
-    if list(GGUFS).index(name) % 2:
+    if list(GGUFS).index(name) % 2 and name != "architecture alone":  # which transformers fills up
         argv = ["plan", "--model", str(path), "--device", "24GB"]
     refused(bench, tmp_path, argv, "model.gguf", capsys)
 
@@ -518,10 +517,10 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "recipe missing": (lambda r: (r / RECIPE).unlink(), RECIPE),
     "recipe empty": (lambda r: put(r / RECIPE, ""), RECIPE),
     "recipe binary": (lambda r: put(r / RECIPE, bytes(range(256))), RECIPE),
-    "recipe cut off": (lambda r: put(r / RECIPE, (r / RECIPE).read_text()[:200]), RECIPE),
+    "recipe cut off": (lambda r: put(r / RECIPE, (r / RECIPE).read_text().partition("}")[0]), RECIPE),
     "recipe of another method": (lambda r: put(r / RECIPE, (r / RECIPE).read_text().replace("lora", "lroa")), RECIPE),
     "base gone": (lambda r: put(r / RECIPE, (r / RECIPE).read_text().replace("/model\n", "/nowhere\n")), "nowhere"),
-    "adapter missing": (lambda r: (r / INFO).unlink(), "run"),
+    "adapter missing": (_both(_alone, lambda r: (r / INFO).unlink()), "not a run"),
     "adapter cut off": (_both(_alone, lambda r: put(r / INFO, (r / INFO).read_text()[:300])), INFO),
     "adapter empty": (_both(_alone, lambda r: put(r / INFO, "")), INFO),
     "adapter a list": (_both(_alone, lambda r: put(r / INFO, "[1]")), INFO),
@@ -535,7 +534,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "sha256 a number": (_both(_alone, lambda r: edit(r / INFO, sha256=7)), "sha256"),
     "method unknown": (_both(_alone, lambda r: edit(r / INFO, adapter={"method": "lroa", "targets": []})), "lroa"),
     "method absent": (_both(_alone, lambda r: edit(r / INFO, adapter={})), INFO),
-    "method a list": (_both(_alone, lambda r: edit(r / INFO, adapter={"method": ["lora"], "targets": []})), "lora"),
+    "method a list": (_both(_alone, lambda r: edit(r / INFO, adapter={"method": ["lora"], "targets": []})), INFO),
     "targets a number": (_both(_alone, lambda r: edit(r / INFO, adapter={"method": "lora", "targets": 7})), INFO),
     "option unknown": (_both(_alone, lambda r: edit(r / INFO, adapter={"method": "lora", "targets": [], "rnak": 4})), "rnak"),
     "rank of another size": (_both(_alone, lambda r: edit(r / INFO, adapter={"method": "lora", "targets": ["q_proj"], "rank": 5})), "(5"),
@@ -672,3 +671,143 @@ def test_resume(name: str, bench: Bench, tmp_path: Path, capsys: pytest.CaptureF
     put(recipe, recipe.read_text().replace(str(bench.root / "run"), str(run)))
     damage(run)
     refused(bench, tmp_path, ["train", str(run), "--resume"], words, capsys)
+
+
+# ---- by chance
+
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    7,
+    "x",
+    "",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    [[]],
+    1e308,
+    float("nan"),
+    "\ud800",
+    "a\0b",
+]
+SEEDS = range(25)
+
+
+def at_random(tree: Any, draw: random.Random) -> Any:
+    """The tree with one of its values replaced or left out."""
+    places: list[tuple[Any, Any]] = []
+
+    def walk(value: Any) -> None:
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            places.append((value, key))
+            walk(value[key])
+
+    walk(tree)
+    holder, key = draw.choice(places)
+    if isinstance(holder, dict) and draw.random() < 0.2:
+        del holder[key]
+    else:
+        holder[key] = draw.choice(ODD)
+    return tree
+
+
+def bytes_at_random(content: bytes, draw: random.Random) -> bytes:
+    """The content with bits flipped, a part cut off, filled, doubled or put in."""
+    at, length = draw.randrange(max(1, len(content))), draw.randint(1, 64)
+    kind = draw.randrange(5)
+    if kind == 0:
+        changed = bytearray(content)
+        for _ in range(draw.randint(1, 8)):
+            changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+        return bytes(changed)
+    if kind == 1:
+        return content[:at]
+    middle = [b"", bytes(length), content[at : at + length] * 2, draw.randbytes(length)][kind - 1]
+    return content[:at] + middle + content[at + length * (kind != 4) :]
+
+
+def in_json(path: Path, draw: random.Random) -> None:
+    put(path, json.dumps(at_random(json.loads(path.read_text()), draw)))
+
+
+def in_bytes(path: Path, draw: random.Random) -> None:
+    put(path, bytes_at_random(path.read_bytes(), draw))
+
+
+def in_lines(path: Path, draw: random.Random) -> None:
+    rows = at_random([json.loads(line) for line in path.read_text().splitlines()], draw)
+    put(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _recipe(bench: Bench, folder: Path, draw: random.Random, damage: bool) -> list[str]:
+    whole = bench.whole()
+    if damage:
+        return bench.recipe(folder, bytes_at_random(whole.encode(), draw))
+    return bench.recipe(folder, yaml.safe_dump(at_random(yaml.safe_load(whole), draw), allow_unicode=False))
+
+
+def _data(bench: Bench, folder: Path, draw: random.Random, how: Callable[[Path, random.Random], None]) -> list[str]:
+    path = Path(shutil.copy(bench.root / "task1.jsonl", folder / "a.jsonl"))
+    how(path, draw)
+    return ["data", str(path), "--model", str(bench.root / "model")]
+
+
+def _model(bench: Bench, folder: Path, draw: random.Random, file: str, how: Any) -> list[str]:
+    model = bench.model(folder)
+    how(model / file, draw)
+    return ["chat", str(model), "--prompt", "w1", "--max-new-tokens", "1"]
+
+
+def _run(bench: Bench, folder: Path, draw: random.Random, file: str, how: Any, command: str) -> list[str]:
+    run = bench.run(folder)
+    if command == "eval":
+        _alone(run)
+    how(run / file, draw)
+    return [command, str(run)]
+
+
+def in_header(path: Path, draw: random.Random) -> None:
+    header(path, lambda tree: at_random(tree, draw))
+
+
+def in_front(path: Path, draw: random.Random) -> None:
+    """Bytes of the header of a safetensors file, and of the length before it."""
+    content = path.read_bytes()
+    put(path, bytes_at_random(content[:2000], draw) + content[2000:])
+
+
+FUZZ: dict[str, Callable[[Bench, Path, random.Random], list[str]]] = {
+    "recipe's bytes": lambda b, f, d: _recipe(b, f, d, True),
+    "recipe's values": lambda b, f, d: _recipe(b, f, d, False),
+    "data's bytes": lambda b, f, d: _data(b, f, d, in_bytes),
+    "data's values": lambda b, f, d: _data(b, f, d, in_lines),
+    "config's values": lambda b, f, d: _model(b, f, d, CONFIG, in_json),
+    "config's bytes": lambda b, f, d: _model(b, f, d, CONFIG, in_bytes),
+    "weights' header": lambda b, f, d: _model(b, f, d, WEIGHTS, in_header),
+    "weights' front": lambda b, f, d: _model(b, f, d, WEIGHTS, in_front),
+    "tokenizer's values": lambda b, f, d: _model(b, f, d, "tokenizer.json", in_json),
+    "tokenizer's bytes": lambda b, f, d: _model(b, f, d, "tokenizer.json", in_bytes),
+    "tokenizer config's values": lambda b, f, d: _model(b, f, d, "tokenizer_config.json", in_json),
+    "generation config's values": lambda b, f, d: _model(b, f, d, "generation_config.json", in_json),
+    "adapter's values": lambda b, f, d: _run(b, f, d, INFO, in_json, "eval"),
+    "adapter's bytes": lambda b, f, d: _run(b, f, d, TENSORS, in_bytes, "eval"),
+    "metrics' values": lambda b, f, d: _run(b, f, d, METRICS, in_lines, "report"),
+    "metrics' bytes": lambda b, f, d: _run(b, f, d, METRICS, in_bytes, "report"),
+    "record's values": lambda b, f, d: _run(b, f, d, RUN, in_json, "report"),
+    "a run's recipe": lambda b, f, d: _run(b, f, d, RECIPE, in_bytes, "report"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", FUZZ)
+def test_by_chance(kind: str, seed: int, bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, err = told(bench, tmp_path, FUZZ[kind](bench, tmp_path, random.Random(f"{kind} {seed}")), capsys)
+    if status == 0:
+        return  # what chance made is legal: a number for another, a key that may be absent, a text for another
+    code = err[err.index("error Q") :][6:10]
+    assert status == 1 and code in KINDS and code != "Q000", err

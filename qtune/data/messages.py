@@ -69,7 +69,7 @@ class _Turns:
         if key is None:
             names = f"{self.role_keys[0]!r} and {self.content_keys[0]!r}"
             raise Fault(f"must be an object with {names}; found {found(message)}")
-        if message[key] not in ROLES:
+        if not isinstance(message[key], str) or message[key] not in ROLES:
             raise Fault(str(one_of("role", message[key], ROLES)))
         role = ROLES[message[key]]
         inner = next((k for k in self.content_keys if k in message), None)

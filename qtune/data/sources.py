@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from ..errors import QtuneError, one_of
 from ..keys import HUB
+from ..safe_io import expanded
 from .records import LEGAL, Fault, found, parsed
 
 ZIPPED = ".gz"
@@ -54,7 +55,7 @@ def open_source(name: str) -> Origin:
     """The source of that name. Raises QtuneError where there is none, or it is of no known kind."""
     if name.startswith(HUB):
         return _dataset(name, _from_hub(name))
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir() and path.suffix.lower() not in READERS:
         if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
             return _dataset(name, _from_disk(path))

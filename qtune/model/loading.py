@@ -22,12 +22,13 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import Piece, faults_error
 from ..errors import QtuneError
+from ..keys import shown
 from ..quant import Dense, Mixed, QuantEmbedding, QuantLinear, Scheme, Storage
 from ..screen import size
 from . import names
 from .layerwise import decoder_layers
 from .skeleton import Origin, compute_buffers, dense_experts, dtypes_of, empty, linear_sizes, replace
-from .source import Source, open_source
+from .source import Source, open_source, read_folder, reason_of
 
 TRIM_BYTES = 64_000_000  # of checkpoint read between two calls of malloc_trim
 
@@ -357,8 +358,14 @@ def _generation(model: PreTrainedModel, source: Source) -> None:
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(source.path)
         except Exception as error:  # values of other types raise what they raise
-            reason = " ".join(str(error).split())[:300]
-            raise QtuneError("Q302", f"cannot read {source.path / 'generation_config.json'}: {reason}") from error
+            what = f"cannot read {source.path / 'generation_config.json'}"
+            raise QtuneError("Q302", f"{what}: {reason_of(error)}") from error
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(model.generation_config, name)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(one, int) and abs(one) < 2**31 for one in ids):
+                path = source.path / "generation_config.json"
+                raise QtuneError("Q302", f"{path}: {name} is {shown(value)}; legal: a token's id, or a list of them")
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -369,11 +376,15 @@ def load_tokenizer(model: str | Path) -> Any:
     try:
         if is_gguf:  # AutoTokenizer would parse the whole vocabulary twice more, for a config that it does not need
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), gguf_file=path.name)
-        return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        found = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the package tokenizers raises plain ones
-        raise QtuneError(
-            "Q308", f"cannot read a tokenizer from {model}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        if not is_gguf:
+            read_folder(folder, str(model), weights=False)  # a fault of config.json is told as such
+        raise QtuneError("Q308", f"cannot read a tokenizer from {model}: {reason_of(error)}") from error
+    if not isinstance(found.model_max_length, (int, float)):
+        wrong = f"model_max_length in tokenizer_config.json is {shown(found.model_max_length)}; legal: a number"
+        raise QtuneError("Q308", f"cannot read a tokenizer from {model}: {wrong}")
+    return found
 
 
 def packed_sites(model: nn.Module) -> dict[str, QuantLinear]:

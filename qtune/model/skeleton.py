@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import QtuneError
 from ..quant import QuantEmbedding, QuantLinear, Scheme, Storage
 from .experts import ExpertLinear, split, stacked
+from .source import reason_of
 
 
 @dataclass
@@ -43,10 +44,8 @@ def empty(config: Any, dtype: torch.dtype, *, fused: bool = False) -> PreTrained
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # what a size of 0 or a text for a number raises differs from class to class
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise QtuneError(
-            "Q303", f"transformers {transformers.__version__} makes no model of this {type(config).__name__}: {reason}"
-        ) from error
+        what = f"transformers {transformers.__version__} makes no model of this {type(config).__name__}"
+        raise QtuneError("Q303", f"{what}: {reason_of(error)}") from error
     if not fused:
         split(model)
     return model.eval().requires_grad_(False)

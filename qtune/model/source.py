@@ -126,10 +126,17 @@ def _known_config(folder: Path, name: str) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # what a value of the wrong kind raises differs from class to class
-        reason = " ".join(str(error).split())[:300]
         raise QtuneError(
-            "Q303", f"cannot load {name}: transformers {transformers.__version__} refuses its config.json: {reason}"
+            "Q303",
+            f"cannot load {name}: transformers {transformers.__version__} refuses its config.json: {reason_of(error)}",
         ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of transformers says, in one line, without the names of Python's exceptions around it."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    text = f"it does not know {cause}" if isinstance(cause, KeyError) else str(cause) or type(cause).__name__
+    return " ".join(text.split())[:300]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -198,7 +205,7 @@ def read_gguf(path: Path) -> Source:
             raise QtuneError(
                 "Q303",
                 f"cannot load {path}: transformers {transformers.__version__} cannot read "
-                f"GGUF architecture {file.architecture!r} ({error})",
+                f"GGUF architecture {file.architecture!r} ({reason_of(error)})",
             ) from error
     if (
         "token_embd.weight" in file.tensors

@@ -13,7 +13,7 @@ from textwrap import wrap
 from typing import Any
 
 from ..errors import QtuneError, one_of
-from ..safe_io import replacing
+from ..safe_io import expanded, replacing
 from ..screen import Screen, size
 from .fit import peak
 from .knobs import positions
@@ -56,7 +56,7 @@ class Sweep:
 
 def check_file(name: str) -> Path:
     """The path of a picture that can be written. Raises QtuneError before anything is computed."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         raise QtuneError("Q102", f"--sweep {path} is a folder; legal: a file that ends in {', '.join(SUFFIXES)}")
     if path.suffix.lower() not in SUFFIXES:

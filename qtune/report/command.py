@@ -69,8 +69,9 @@ def compare(args: argparse.Namespace, screen: Screen, emit: Emit) -> None:
 def page_file(name: str) -> Path:
     """The path of a page that can be written. Raises QtuneError for what is no .html file."""
     from ..errors import QtuneError
+    from ..safe_io import expanded
 
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise QtuneError("Q102", f"--out {name}: a page is a file that ends in .html")
     return path

@@ -112,13 +112,7 @@ def read_run(folder: Path) -> Reading:
             "Q401",
             f"{folder} is not a run: it lacks {' and '.join(missing)}; give the `output` folder of a `qtune train`",
         )
-    try:
-        text = (folder / RECIPE).read_text("utf-8")
-        metrics = (folder / METRICS).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise QtuneError(
-            "Q411", f"cannot read the run {folder}: {getattr(error, 'strerror', None) or error}"
-        ) from error
+    text, metrics = _text(folder / RECIPE), _text(folder / METRICS)
     faults: list[str] = []
     recipe = load_yaml(text, faults)
     if not isinstance(recipe, dict):
@@ -138,6 +132,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     """run.json of a run; empty where there is none that this version reads. Raises QtuneError where it is damaged."""
     content = _json(folder / RUN, {})
     return _json(folder / RUN, RECORD) if content.get("format") == FORMAT else {}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QtuneError("Q411", f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _json(path: Path, shape: Any) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Recorder:
         rows: of metrics, of a run that goes on: it keeps what its first session wrote, and what its rows showed is not
         told again. None: a new run.
         """
-        self.content = (read_record(self.folder) if rows is not None else {}) or {"format": FORMAT, "sessions": []}
+        self.content = (self._kept() if rows is not None else {}) or {"format": FORMAT, "sessions": []}
         self.content["sessions"].append(session(self.device))
         data = {"train": examples} | ({"eval": held_out} if held_out else {})
         told = dict(zip(data, self.told, strict=False))
@@ -96,6 +96,14 @@ class Recorder:
         for row in rows or ():
             self.watch.see(row)
         self.trackers = Trackers(self.recipe, self.folder, self.screen, fresh=rows is None)
+
+    def _kept(self) -> dict[str, Any]:
+        """What the sessions before wrote; training goes on without it where it is damaged."""
+        try:
+            return read_record(self.folder)
+        except QtuneError as error:
+            self.screen.line(f"note: it is written anew: {error}", "yellow")
+            return {}
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row of metrics with what is known beside the step; told to the trackers, and advice to the user."""
