@@ -220,11 +220,15 @@ def test_the_page_of_a_run_that_was_killed(copy: Path) -> None:
     assert "1 step" in Text(page(read_run(copy))).text
 
 
-def test_a_damaged_record_is_left_out(copy: Path) -> None:
-    for text in ("{", "[1]", '{"format": 99}', ""):
+def test_a_damaged_record_is_told_and_one_of_another_format_is_left_out(copy: Path) -> None:
+    for text in ("{", "[1]", "", '{"format": 1, "sessions": 7}', '{"format": 1}'):
         (copy / "run.json").write_text(text)
-        assert read_run(copy).record == {}
-    (copy / "run.json").write_text('{"format": 1}')
+        with pytest.raises(QtuneError, match=r"run\.json is damaged: (.|\n)*or remove it") as error:
+            read_run(copy)
+        assert error.value.code == "Q411"
+    (copy / "run.json").write_text('{"format": 99}')
+    assert read_run(copy).record == {}
+    (copy / "run.json").unlink()
     assert "Training loss" in page(read_run(copy))
 
 
