@@ -12,10 +12,11 @@ JOBS ?= 2
 
 VENV := .venv
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench bench-quality bench-7b bench-7b-stock docs-tables clean setup FORCE
+.PHONY: help demo test test-slow check bench bench-quality bench-7b bench-7b-stock docs docs-tables clean setup FORCE
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -48,11 +49,15 @@ bench-7b: setup ## train a 7B shape for two steps, weights resident and streamed
 bench-7b-stock: setup ## the same by transformers + PEFT + bitsandbytes
 	@$(PY) benchmarks/seven_b.py --stock $(ARGS)
 
-docs-tables: setup ## write the README's tables from benchmarks/results/
+docs: $(DOCS_READY) ## build the documentation into site/, to be read offline
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "open site/index.html; the search asks for a server: $(PY) -m http.server --directory site"
+
+docs-tables: setup ## write the tables of README.md and docs/ from benchmarks/results/
 	@$(PY) benchmarks/results.py
 
 clean: ## remove what building and testing left behind (.venv and runs/ stay)
-	@rm -rf build dist qtune.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf build dist site qtune.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 	@echo "clean; to set up afresh as well: rm -rf $(VENV)"
 
@@ -85,3 +90,8 @@ $(READY): pyproject.toml
 	@echo "[3/3] installing qtune and what it needs"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,gguf]'
 	@touch $(READY)
+
+$(DOCS_READY): pyproject.toml | $(READY)
+	@echo "installing what the documentation is built with"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $(DOCS_READY)

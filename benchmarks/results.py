@@ -1,6 +1,7 @@
-"""What every results file says of the machine, and how the README's tables are filled from the results files.
+"""What every results file says of the machine, and how the tables of README and docs/ are filled from these files.
 
 python benchmarks/results.py           rewrites what stands between `<!-- NAME -->` and `<!-- end -->` in README.md
+                                       and in docs/*.md
 """
 
 from __future__ import annotations
@@ -355,7 +356,39 @@ def cards_table(rows: list[dict[str, Any]]) -> list[str]:
     return table
 
 
+def choices_methods_table(rows: list[dict[str, Any]]) -> list[str]:
+    """What each method trains and takes, by plan; what changes with the method is the last column."""
+    table = [
+        "| method | trained values | of the model | peak | adapter, gradients, optimizer | tokens/s, estimated |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if row["kind"] == "method":
+            own = sum(row["groups"].get(group, 0) for group in ("adapters", "gradients", "optimizer"))
+            cells = [f"`{row['name']}`", f"{row['trained']:,}", f"{row['trained'] / row['parameters']:.3%}"]
+            cells += [f"{row['process'] / 2**30:.2f} GiB", f"{own / 2**20:,.0f} MiB", _rate(row)]
+            table.append(f"| {' | '.join(cells)} |")
+    return table
+
+
+def choices_schemes_table(rows: list[dict[str, Any]]) -> list[str]:
+    """What the weights of a model take in each scheme, and the peak of training on them, by plan."""
+    found = sorted((row for row in rows if row["kind"] == "scheme"), key=lambda row: row["groups"]["weights"])
+    table = ["| scheme | weights | peak | tokens/s, estimated |", "| --- | --- | --- | --- |"]
+    for row in found:
+        weights, peak = (f"{nbytes / 2**30:.2f} GiB" for nbytes in (row["groups"]["weights"], row["process"]))
+        table.append(f"| `{row['name']}` | {weights} | {peak} | {_rate(row)} |")
+    return table
+
+
+def _rate(row: dict[str, Any]) -> str:
+    rate = row["tokens_per_second"]
+    return f"{rate:,.0f}" if rate else ""
+
+
 SAME_FILE = {
+    "choices-methods": "choices",
+    "choices-schemes": "choices",
     "quality-cost": "quality",
     "quality-starts": "quality",
     "quality-papers": "quality",
@@ -370,6 +403,8 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "published": published_table,
     "seven_b": seven_b_table,
     "cards": cards_table,
+    "choices-methods": choices_methods_table,
+    "choices-schemes": choices_schemes_table,
     "quality": quality_table,
     "quality-cost": quality_cost_table,
     "quality-starts": quality_starts_table,
@@ -389,19 +424,36 @@ def read(name: str) -> tuple[Any, str, dict[str, Any]]:
     return value, path.name, value
 
 
+def pages() -> list[Path]:
+    """Where tables stand."""
+    return [README, *sorted((README.parent / "docs").glob("*.md"))]
+
+
+def filled(text: str, name: str) -> str:
+    """A page with its table of this name, if it has one, written anew."""
+    value, file, where = read(name)
+    body = "\n".join((f"<!-- {name} -->", *TABLES[name](value), "", _source(file, where), "<!-- end -->"))
+    places = re.findall(rf"<!-- {name} -->.*?<!-- end -->", text, flags=re.DOTALL)
+    assert len(places) <= 1, f"a page has {len(places)} places for {name}"
+    return text.replace(places[0], body) if places else text
+
+
+def has_results(name: str) -> bool:
+    """Is there a results file for the table of this name?"""
+    return any((FOLDER / f"{SAME_FILE.get(name, name)}{end}").exists() for end in (".jsonl", ".json"))
+
+
 def main() -> None:
-    text = README.read_text("utf-8")
-    for name, table in TABLES.items():
-        if not any((FOLDER / f"{SAME_FILE.get(name, name)}{end}").exists() for end in (".jsonl", ".json")):
+    texts = {page: page.read_text("utf-8") for page in pages()}
+    for name in TABLES:
+        if not has_results(name):
             print(f"{name}: no results yet")
             continue
-        value, file, where = read(name)
-        body = "\n".join((f"<!-- {name} -->", *table(value), "", _source(file, where), "<!-- end -->"))
-        places = re.findall(rf"<!-- {name} -->.*?<!-- end -->", text, flags=re.DOTALL)
-        assert len(places) == 1, f"README.md has {len(places)} places for {name}"
-        text = text.replace(places[0], body)
-    README.write_text(text, "utf-8")
-    print(f"wrote the tables of {README}")
+        assert any(f"<!-- {name} -->" in text for text in texts.values()), f"no page has a place for {name}"
+        texts = {page: filled(text, name) for page, text in texts.items()}
+    for page, text in texts.items():
+        page.write_text(text, "utf-8")
+    print(f"wrote the tables of {README.name} and docs/")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def start(
 
     windows: calibration text, token ids int64 [samples, length], where codes or the method ask for it (see `wants`).
     codes: how codes are chosen (nearest, gptq, magr-gptq). Each adapted site tells in `.start` how far it is from its
-    weight. aside: as of `load`.
+    weight. model, scheme, embeddings, dtype, device, progress, aside: as of `load`.
     Raises QtuneError before anything is read for what cannot be: a rank or width that does not fit, a method
     that makes no sense on the scheme, too little text, weights that are packed already.
     """

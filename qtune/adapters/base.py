@@ -22,6 +22,7 @@ from ..quant import Dense, QuantLinear, Scheme
 from ..quant import matches as matches  # for methods, which import no other room
 
 METHODS: dict[str, type[Adapter]] = {}
+"""Every adapter method by its name, as recipes call it; `METHODS["lora"].options()` has its options."""
 ALL_LINEAR = "all-linear"
 PROBE_ROWS = 512  # rows of the identity that a merge pushes through at a time
 

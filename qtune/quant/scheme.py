@@ -23,6 +23,7 @@ from ..ops import plus
 Parts = dict[str, Tensor]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 SCHEMES: dict[str, type[Scheme]] = {}
+"""Every storage scheme by its name; `SCHEMES["nf4"](block=128)` makes one with its options."""
 
 
 class Grid(NamedTuple):

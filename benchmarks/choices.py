@@ -1,0 +1,56 @@
+"""What each method and each scheme takes, by plan: the tables of docs/choosing-a-method.md and choosing-a-scheme.md.
+
+    python benchmarks/choices.py        writes benchmarks/results/choices.jsonl (a minute or two; no weights, no GPU)
+Llama 3.1 8B, one example of 2,048 tokens, an RTX 4090, everything else at its default; methods on nf4, schemes under
+LoRA. Sizes follow from tensors that are counted; seconds are estimates of the planner. Nothing is measured on a card.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from results import FOLDER, machine
+
+from qtune.adapters import METHODS
+from qtune.planner.devices import find_device
+from qtune.planner.plan import plan_recipe
+from qtune.quant import SCHEMES
+from qtune.recipe import Recipe
+
+RESULTS = FOLDER / "choices.jsonl"
+MODEL, CARD = "llama-3.1-8b", "rtx4090"
+SHAPE = {"train.micro_batch": 1, "data.max_length": 2048}
+
+
+def main() -> None:
+    where = {"command": "python benchmarks/choices.py", "device": "plan", **machine()}
+    cases = [("method", name, {"adapter": name}) for name in sorted(METHODS)]
+    cases += [("scheme", name, {"scheme": name}) for name in sorted(SCHEMES)]
+    rows = []
+    for kind, name, change in cases:
+        rows.append({"kind": kind, "name": name, **planned(change), **where})
+        print(rows[-1]["kind"], name, rows[-1]["process"], file=sys.stderr, flush=True)
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"wrote {RESULTS}; the tables: python benchmarks/results.py")
+
+
+def planned(change: dict[str, Any]) -> dict[str, Any]:
+    """Bytes by group, the peak, and the estimate of a step's time."""
+    plan = plan_recipe(Recipe.load({"model": MODEL}, SHAPE | change, training=False), find_device(CARD))
+    groups: dict[str, int] = {}
+    for item in plan.items:
+        groups[item.group] = groups.get(item.group, 0) + item.nbytes
+    return {
+        "settings": {"model": MODEL, "card": CARD, "tokens": plan.shape.tokens},
+        "parameters": plan.parameters,
+        "trained": plan.trained,
+        "process": plan.process,
+        "groups": groups,
+        "tokens_per_second": getattr(plan.speed, "tokens_per_second", None),
+    }
+
+
+if __name__ == "__main__":
+    main()
