@@ -1,6 +1,8 @@
-"""What each method and each scheme takes, by plan: the tables of docs/choosing-a-method.md and choosing-a-scheme.md.
+"""What each method and each scheme takes, by plan, and what each knob saves: tables of docs/choosing-a-method.md,
+choosing-a-scheme.md and memory.md.
 
-    python benchmarks/choices.py        writes benchmarks/results/choices.jsonl (a minute or two; no weights, no GPU)
+    python benchmarks/choices.py        writes benchmarks/results/choices.jsonl and plan-explain.json (some minutes; no
+                                        weights, no GPU)
 Llama 3.1 8B, one example of 2,048 tokens, an RTX 4090, everything else at its default; methods on nf4, schemes under
 LoRA. Sizes follow from tensors that are counted; seconds are estimates of the planner. Nothing is measured on a card.
 """
@@ -8,10 +10,13 @@ LoRA. Sizes follow from tensors that are counted; seconds are estimates of the p
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from typing import Any
 
-from results import FOLDER, machine
+from plan import COMMAND
+from results import FOLDER, machine, write
 
 from qtune.adapters import METHODS
 from qtune.planner.devices import find_device
@@ -19,7 +24,7 @@ from qtune.planner.plan import plan_recipe
 from qtune.quant import SCHEMES
 from qtune.recipe import Recipe
 
-RESULTS = FOLDER / "choices.jsonl"
+RESULTS, EXPLAINED = FOLDER / "choices.jsonl", FOLDER / "plan-explain.json"
 MODEL, CARD = "llama-3.1-8b", "rtx4090"
 SHAPE = {"train.micro_batch": 1, "data.max_length": 2048}
 
@@ -34,6 +39,7 @@ def main() -> None:
         print(rows[-1]["kind"], name, rows[-1]["process"], file=sys.stderr, flush=True)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"wrote {RESULTS}; the tables: python benchmarks/results.py")
+    explain()
 
 
 def planned(change: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +56,14 @@ def planned(change: dict[str, Any]) -> dict[str, Any]:
         "groups": groups,
         "tokens_per_second": getattr(plan.speed, "tokens_per_second", None),
     }
+
+
+def explain() -> None:
+    """What the knobs of the README's example save, as the command prints it on a terminal of 100 columns."""
+    words = [sys.executable, "-m", "qtune", *COMMAND.split()[1:], "--explain"]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "COLUMNS": "100"})
+    text = [line.rstrip() for line in done.stdout.splitlines()]
+    write(EXPLAINED, {"command": f"{COMMAND} --explain", **machine(), "text": [f"$ {COMMAND} --explain", *text]})
 
 
 if __name__ == "__main__":

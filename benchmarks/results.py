@@ -410,6 +410,7 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "quality-starts": quality_starts_table,
     "quality-papers": quality_papers_table,
     "plan-example": lambda value: ["```", *value["text"], "```"],
+    "plan-explain": lambda value: ["```", *value["text"], "```"],
 }
 
 

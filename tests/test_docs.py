@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import io
 import json
 import re
 import shlex
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs_helper
 import yaml
 
 import qtune
 from qtune.adapters import METHODS
-from qtune.cli import build_parser, parse
+from qtune.cli import build_parser, main, parse
 from qtune.data.formats import FORMATS, recognised
 from qtune.planner.devices import find_device
 from qtune.planner.models import find_model
@@ -285,6 +287,25 @@ def test_site_is_built_and_asks_for_nothing_from_elsewhere(pages: Pages, tmp_pat
     api = (tmp_path / "site" / "reference" / "api.html").read_text("utf-8")
     assert not [name for name in qtune._PUBLIC if f'id="qtune.{name}"' not in api]
     assert re.search(r"<li>\s*<p>\s*<code>overwrite</code>: replace a run", api), "parameters are a list"
+
+
+@pytest.mark.slow
+def test_the_way_of_getting_started_runs(
+    written: Pages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of the first page in their order, in a folder where a tiny model has the name of the page's."""
+    monkeypatch.chdir(tmp_path)
+    (body,) = (body for body in blocks(written["index.md"], "yaml") if "model:" in body)
+    runs_helper.write_model(tmp_path / yaml.safe_load(body)["model"])
+    runs_helper.write_task(tmp_path).rename(tmp_path / "train.jsonl")
+    (tmp_path / "recipe.yaml").write_text(body)
+    lines = [line for name, line in command_lines() if name == "index.md" and line.split()[1] not in ("doctor", "plan")]
+    assert {line.split()[1] for line in lines} == {"data", "train", "eval", "chat", "merge", "export"}
+    for line in lines:
+        monkeypatch.setattr("sys.stdin", io.StringIO("w1\n"))
+        assert main(shlex.split(line)[1:]) == 0, f"{line}\n{capsys.readouterr().err}"
+    assert (tmp_path / "runs" / "first" / "merged" / "config.json").is_file()
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
 @pytest.mark.slow
