@@ -50,7 +50,7 @@ bench-7b-stock: setup ## the same by transformers + PEFT + bitsandbytes
 	@$(PY) benchmarks/seven_b.py --stock $(ARGS)
 
 docs: $(DOCS_READY) ## build the documentation into site/, to be read offline
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "open site/index.html; the search asks for a server: $(PY) -m http.server --directory site"
 
 docs-tables: setup ## write the tables of README.md and docs/ from benchmarks/results/
