@@ -313,13 +313,12 @@ class _Reader:
         return data
 
     def _tokens(self, tokens: TokenKeys, model: str) -> TokenKeys:
+        without = {"special": (tokens.special, False), "start": (tokens.start, "mean")} if not tokens.add else {}
         self.faults += [
-            f"tokens.{name} is {given}, and tokens.add names no new token; legal: {legal}, or give tokens.add"
-            for name, given, legal in (
-                ("special", str(tokens.special).lower(), "false"),
-                ("start", tokens.start, "mean"),
-            )
-            if not tokens.add and given != legal
+            f"tokens.{name} is {str(given).lower()}, and tokens.add names no new token; legal: {str(only).lower()}, "
+            "or give tokens.add"
+            for name, (given, only) in without.items()
+            if given != only
         ]
         self.faults += [f"{word!r} is in tokens.add and in tokens.train" for word in tokens.add if word in tokens.train]
         if tokens and model.lower().endswith(".gguf"):
@@ -351,23 +350,22 @@ class _Reader:
                 f"train.eval_every is {train.eval_every}, but data.eval is null; legal: null, or give data.eval or "
                 "data.split"
             )
-        if train.patience is not None and train.eval_every is None:
-            self.faults.append(
-                f"train.patience is {train.patience}, but train.eval_every is null: there is no evaluation to wait "
-                "for; legal: null, or give train.eval_every"
-            )
-        if train.keep_best and train.eval_every is None:
-            self.faults.append(
-                "train.keep_best is true, but train.eval_every is null: there is nothing to choose from; "
-                "legal: false, or give train.eval_every"
-            )
+        for name, given, what in (
+            ("patience", train.patience, "no evaluation to wait for"),
+            ("keep_best", train.keep_best, "nothing to choose from"),
+        ):
+            if given and train.eval_every is None:
+                self.faults.append(
+                    f"train.{name} is {str(given).lower()}, but train.eval_every is null: there is {what}; "
+                    f"legal: {'false' if given is True else 'null'}, or give train.eval_every"
+                )
         if train.optimizer == "adafactor" and train.betas is not None:
             self.faults.append(f"train.betas is {list(train.betas)}, which adafactor has not; legal: null")
         for name, given, only in (("accumulate", train.accumulate, 1), ("clip", train.clip, None)):
             if train.update_in_backward and given != only:
                 self.faults.append(
                     f"train.{name} is {given:g} with train.update_in_backward, when the whole gradient is never there; "
-                    f"legal: {'null' if only is None else only}"
+                    f"legal: {shown(only)}"
                 )
         return replace(train, epochs=1.0) if train.steps is None and train.epochs is None else train
 
@@ -376,13 +374,10 @@ class _Reader:
         counted in tokens alone."""
         if train.micro_tokens is None:
             if train.micro_batch is None:
-                self.faults.append(
-                    "train.micro_batch and train.micro_tokens are both null; legal: a number for one of the two"
-                )
+                self.faults.append("train.micro_batch and train.micro_tokens are both null; legal: a number for one")
             rows = train.micro_batch or 1
-            if train.packing:
-                return replace(train, micro_tokens=rows * length, micro_batch=None)
-            return replace(train, micro_batch=rows)
+            packed = train.packing
+            return replace(train, micro_tokens=rows * length if packed else None, micro_batch=None if packed else rows)
         if given.get("micro_batch") is not None:
             self.faults.append(
                 f"train.micro_batch is {given['micro_batch']} and train.micro_tokens is {train.micro_tokens}; "

@@ -30,9 +30,10 @@ def explain(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None
             screen.line(f"{kind.code}  {kind.title}")
         emit([asdict(kind) for kind in KINDS.values()])
         return
-    kind = KINDS.get(args.code.strip().upper())
-    if kind is None:
+    code = args.code.strip().upper()
+    if code not in KINDS:
         raise one_of("code of an error", args.code, KINDS)
+    kind = KINDS[code]
     screen.line(f"{kind.code}  {kind.title}", "bold cyan")
     screen.line(kind.meaning)
     screen.line()
