@@ -151,6 +151,9 @@ def test_a_search_leaves_what_the_host_cannot_hold(
     monkeypatch.setattr("qtune.planner.fit.KNOBS", (knobs.table, knobs.optimizer, knobs.to_disk))
     with pytest.raises(QtuneError, match=r"the plan takes .* of host memory, .* more than .*: memory.weights=disk$"):
         refuse_beyond(held.recipe, GPU.memory, GPU)
+    monkeypatch.setattr("qtune.planner.fit.KNOBS", (knobs.home, knobs.to_disk))
+    with pytest.raises(QtuneError, match="memory.weights=device$"):  # which has room
+        refuse_beyond(held.recipe, GPU.memory, GPU)
 
 
 def arguments(*argv: str) -> Any:

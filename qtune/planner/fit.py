@@ -17,7 +17,7 @@ from ..recipe import Recipe
 from ..screen import Screen, size
 from ..starting import wants
 from .devices import Device
-from .knobs import KNOBS, LAST, Change, Knob, Level, both_ways, embeddings
+from .knobs import KNOBS, LAST, ROOM, Change, Knob, Level, both_ways, embeddings, home
 from .phases import load_phase
 from .plan import Plan, Shape
 from .request import Lengths, Request, request_of, with_phases
@@ -121,7 +121,7 @@ def fit(request: Request, screen: Screen | None = None) -> Fit:
         for knob in KNOBS:
             if at.verdict == "fits" or (at.verdict == "barely" and knob in LAST):
                 break
-            rung = _climb(search, knob, rungs, at)
+            rung = _climb(search, knob, rungs, at) if at.short or knob not in ROOM else None
             if rung is not None and _helps(rung, at) and not (at.verdict == "barely" and _slower(rung.plan, at)):
                 rungs.append(rung)
                 at = rung.plan
@@ -137,7 +137,7 @@ def _hopeless(search: Search) -> Rung | None:
     knobs may take less). Packed embeddings may take more than they save (they are unpacked to be multiplied), so it is
     tried without them as well."""
     start, tried = search.plan({}), []
-    for left_out in ((), (embeddings,)):
+    for left_out in ((home,), (home, embeddings)):
         change: Change = {}
         for knob in KNOBS:
             recipe = search.recipe(change)

@@ -55,13 +55,24 @@ def weights(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
         yield from _elsewhere(recipe, "weights", kind, "layers' weights", "are copied in twice a micro-batch")
 
 
+def home(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
+    """Where host memory or disk are too small, the device may have room."""
+    moved: list[str] = []
+    for key in reversed(PLACED):
+        if not is_here(getattr(recipe.memory, key), kind):
+            moved.append(key)
+            words = " and ".join(PLACED[one] for one in moved)
+            yield Level({f"memory.{one}": "device" for one in moved}, f"{words} on the device", "no copies")
+
+
 def to_disk(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
     """What waits in the host's memory beside a GPU may be too much for that."""
-    moved: Change = {}
+    moved: list[str] = []
     for key in ("weights", "boundaries"):
         if kind != "cpu" and getattr(recipe.memory, key) == "host":
-            moved[f"memory.{key}"] = "disk"
-            yield Level(dict(moved), f"{' and '.join(PLACED[k.partition('.')[2]] for k in moved)} on disk", FILED)
+            moved.append(key)
+            words = " and ".join(PLACED[one] for one in moved)
+            yield Level({f"memory.{one}": "disk" for one in moved}, f"{words} on disk", FILED)
 
 
 def states(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
@@ -190,9 +201,10 @@ def rank(recipe: Recipe, shape: Shape, kind: str) -> Iterator[Level]:
 
 Knob = Callable[[Recipe, Shape, str], Iterator[Level]]
 KNOBS: tuple[Knob, ...] = (
-    checkpointing, table, boundaries, mlp_tile, loss_chunk, optimizer, states, micro_batch, early, samples, weights,
-    to_disk, embeddings, scheme, low_bits, length, rank,
+    home, checkpointing, table, boundaries, mlp_tile, loss_chunk, optimizer, states, micro_batch, early, samples,
+    weights, to_disk, embeddings, scheme, low_bits, length, rank,
 )  # fmt: skip
+ROOM = (home, to_disk)  # they help where host memory or disk are too small, and nowhere else
 LAST = (low_bits, length, rank)  # they change what is learned, or how well
 
 
