@@ -69,7 +69,9 @@ def as_json(capsys: pytest.CaptureFixture[str], *argv: object) -> Any:
 
 def test_several_metrics_of_base_and_adapter(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "closeness.py"
-    own.write_text("def metric(prompt, answer, expected):\n    return 0.25 if prompt.startswith('w') else 0.0\n")
+    own.write_text(
+        "def metric(prompt, answer, expected):\n    print('here')\n    return 0.25 if prompt.startswith('w') else 0.0\n"
+    )
     argv = (root / "run", "--base", "--metric", "perplexity", "--metric", "exact-match", "--metric", own)
     argv = (*argv, "--metric", "choice", "--max-new-tokens", 6, "--stop", " ", "--out", tmp_path / "new" / "out.jsonl")
     value = as_json(capsys, *argv)

@@ -68,18 +68,20 @@ class _Job:
 
 def evaluate_command(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) -> None:
     """Run the command. emit: takes the value for a program."""
-    from contextlib import nullcontext
+    import sys
+    from contextlib import nullcontext, redirect_stdout
 
     from ..safe_io import claimed, write_text
 
     out = Path(args.out).expanduser() if args.out else None
-    with claimed(out.absolute().parent) if out else nullcontext():
+    loud = redirect_stdout(sys.stderr) if args.json else nullcontext()  # a user's metric may print
+    with claimed(out.absolute().parent) if out else nullcontext(), loud:
         job = _job(args, screen)
         results, rows = _evaluate(args, job, screen)
         if out:
             import json
 
-            write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_text(out, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
             screen.line(f"wrote {out}: {len(rows):,} rows")
     emit(results)
 
