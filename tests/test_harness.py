@@ -16,6 +16,7 @@ from qtune.cli import main
 from qtune.trainer import train
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'qtune[eval]'")
+pytestmark = pytest.mark.slow  # the import alone takes seconds
 
 TASK = """\
 task: {name}
@@ -78,7 +79,6 @@ def near(one: Any, other: Any) -> bool:
     return one == other if isinstance(other, (str, int)) else one == pytest.approx(other, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_the_numbers_are_those_of_lm_evals_own_model(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,7 +109,6 @@ def test_the_numbers_are_those_of_lm_evals_own_model(
     assert all(row["prompt"].startswith("w") and row["expected"] in ("w5", "w6") for row in asked)
 
 
-@pytest.mark.slow
 def test_base_adapter_and_merged(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = files(root, "choice", "rolling")
     found = json.loads(run(capsys, root / "run", "--base", "--tasks", tasks, "--json")[0])
@@ -121,7 +120,6 @@ def test_base_adapter_and_merged(root: Path, capsys: pytest.CaptureFixture[str])
         assert all(near(value, found["adapter"][task][key]) for key, value in row.items()), task
 
 
-@pytest.mark.slow
 def test_shots_and_limit_and_what_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run(capsys, root / "run", "--tasks", files(root, "choice"), "--num-fewshot", 2, "--limit", 3)
     assert "local_choice  acc " in out and "local_choice  acc_norm " in out and "2-shot" in out and " ± " in out
