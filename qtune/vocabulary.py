@@ -10,6 +10,7 @@ tokens neither take all of the probability nor have the length of noise.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from .errors import QtuneError
 from .quant import QuantEmbedding, QuantLinear
 
+SHOWN = 8  # ids that an error lists
 BLOCK = 4096  # rows that are read at a time for their mean
 TABLE, HEAD = "tokens.table", "tokens.head"  # the rows in files
 
@@ -53,6 +55,38 @@ class _Own(torch.autograd.Function):
         chosen = (numbers == place.reshape(-1)) & own.reshape(-1)
         grad = chosen.to(dy.dtype) @ dy.reshape(-1, dy.shape[-1])
         return None, grad if ctx.scale is None else grad * ctx.scale, None, None, None
+
+
+class _DenseLogits(torch.autograd.Function):
+    """x [..., hidden], frozen W [count, hidden] and bias, rows [n, hidden] of ids [n], the first `within` of them below
+    count -> logits [..., vocabulary]. No second tensor of that size: products go to their places in it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, ids: Tensor, within: int
+    ) -> Tensor:
+        count, flat = len(weight), x.reshape(-1, x.shape[-1])
+        logits = x.new_empty(*x.shape[:-1], count + len(ids) - within)
+        out = logits.view(-1, logits.shape[-1])
+        torch.mm(flat, weight.t(), out=out[:, :count])
+        out.index_copy_(1, ids, flat @ rows.t())
+        if bias is not None:
+            out[:, :count] += bias
+        ctx.save_for_backward(x, weight, rows, ids)
+        ctx.within = within
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, rows, ids = ctx.saved_tensors
+        d = dy.reshape(-1, dy.shape[-1]).contiguous()
+        own, inside = d.index_select(1, ids), ids[: ctx.within]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            d.index_fill_(1, inside, 0)
+            dx = torch.mm(d[:, : len(weight)], weight).addmm_(own, rows).view(x.shape)
+            d.index_copy_(1, inside, own[:, : ctx.within])  # whoever gave it finds it as it was
+        return dx, None, None, own.t() @ x.reshape(-1, x.shape[-1]), None, None
 
 
 class _Rows(nn.Module):
@@ -107,8 +141,12 @@ class TokenHead(_Rows):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> logits [..., vocabulary]."""
+        rows = self.rows.to(x.dtype)
+        if isinstance(self.base, nn.Linear):
+            given = x, self.base.weight, self.base.bias, rows, self.ids, self.within
+            return _DenseLogits.apply(*given)  # type: ignore[no-any-return]
         logits = self.base(x)
-        own = F.linear(x, self.rows.to(x.dtype))
+        own = F.linear(x, rows)
         if self.within:
             inside, ids = own[..., : self.within], self.ids[: self.within]
             bias = getattr(self.base, "bias", None)
@@ -203,11 +241,12 @@ def build_rows(model: Any, tokens: Sequence[Token]) -> Built:
         raise QtuneError("Q314", f"rows of new tokens cannot be put into the output head of {kind}: {what}")
     count, width = _weight(table).shape
     behind = [token.id for token in tokens if token.id >= count]
-    if missing := [id for id in range(count, count + len(behind)) if id not in behind]:
+    end = min(max(behind, default=0), count + len(behind) + SHOWN)  # an id from a file may be any number
+    if missing := [id for id in range(count, end) if id not in behind]:
         raise QtuneError(
             "Q314",
             f"the model has rows for the ids 0 to {count - 1}, and the tokenizer has tokens behind them: "
-            f"{', '.join(map(str, missing[:8]))}{' ...' * (len(missing) > 8)}; name these in tokens.train, too",
+            f"{', '.join(map(str, missing[:SHOWN]))}{' ...' * (len(missing) > SHOWN)}; name these in tokens.train, too",
         )
     where = {module: name for name, module in model.named_modules()}
     tied = tied_head(model) is not None
@@ -224,6 +263,9 @@ def build_rows(model: Any, tokens: Sequence[Token]) -> Built:
 
 def install_rows(model: Any, built: Built) -> None:
     """Put them into the model, in place; its vocabulary is then as long as they make it."""
+    inside = re.compile("^(" + "|".join(map(re.escape, built.names)) + r")\.")
+    ties = {inside.sub(r"\1.base.", n): inside.sub(r"\1.base.", o) for n, o in model.all_tied_weights_keys.items()}
+    model.all_tied_weights_keys, model._tied_weights_keys = ties, dict(ties)  # for later calls of tie_weights
     for name, module in zip(built.names, (built.table, built.head), strict=True):
         module.train(model.training)
         model.set_submodule(name, module)

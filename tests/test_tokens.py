@@ -68,6 +68,7 @@ def test_gradients_are_those_of_a_dense_model(family: str) -> None:
     give_rows(ours, TOKENS, "mean")
     own = rows_of(ours)
     assert own is not None
+    assert (len(own.tensors()) == 1) == ours.config.tie_word_embeddings
     torch.manual_seed(1)
     for rows in own.tensors().values():
         rows.data += 0.1 * torch.randn_like(rows)
@@ -87,7 +88,27 @@ def test_gradients_are_those_of_a_dense_model(family: str) -> None:
         given = dense.get_submodule(own.names[module is own.head]).weight.grad[module.ids]
         assert given.abs().min(1).values.max() > 0
         torch.testing.assert_close(module.rows.grad, given, rtol=1e-9, atol=1e-9)
+    hidden = torch.randn(3, own.head.shape[1], dtype=torch.float64, requires_grad=True)
+    (given,) = torch.autograd.grad(own.head(hidden).square().sum() + own.head(hidden).sum(), hidden)
+    (want,) = torch.autograd.grad(dense.lm_head(hidden).square().sum() + dense.lm_head(hidden).sum(), hidden)
+    torch.testing.assert_close(given, want, rtol=1e-9, atol=1e-9)
     assert {n for n, p in ours.named_parameters() if p.grad is not None} <= {f"{n}.rows" for n in own.names}
+
+
+def test_a_head_with_a_bias() -> None:
+    """Behind its last id the bias is 0; and a gradient that is given stays as it is."""
+    base = nn.Linear(8, tiny.VOCAB).requires_grad_(False)
+    head = TokenHead(base, nn.Parameter(torch.randn(4, 8)), TOKENS)
+    bias = head.bias(torch.float32)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    out = head(x)
+    assert bias is not None and bias[tiny.VOCAB :].eq(0).all()
+    torch.testing.assert_close(out, nn.functional.linear(x, head.merged(torch.float32), bias))
+    given = torch.randn_like(out)
+    kept = given.clone()
+    out.backward(given)
+    assert torch.equal(given, kept) and x.grad is not None
+    torch.testing.assert_close(x.grad, given @ head.merged(torch.float32))
 
 
 def test_many_uses_of_a_token_are_summed_wider_than_bf16() -> None:
@@ -110,6 +131,7 @@ def test_a_packed_table_and_head_take_rows(family: str, embeddings: str, tmp_pat
     own: Any = rows_of(model)
     assert len(own.tensors()) == 1 + (family == "llama") and base_digest(model) == digest
     assert model.config.vocab_size == tiny.VOCAB + 2
+    model.tie_weights()  # transformers calls it in many places
     after = tiny.logits(model, text)
     others = [i for i in range(tiny.VOCAB) if i not in IDS[1:]]
     assert after.shape[-1] == tiny.VOCAB + 2 and torch.equal(after[..., others], before[..., others])
