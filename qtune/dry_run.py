@@ -213,7 +213,7 @@ def _step(
     keys = recipe.train
     screen.line(
         f"the whole run: {trainer.steps:,} step{'s' * (trainer.steps != 1)} of {keys.accumulate} x {trainer.capacity}"
-        f"{', evaluations' * bool(sets.held_out)}: about {duration(seconds)}",
+        f"{' and its evaluations' * bool(sets.held_out)}, about {duration(seconds)}",
         "bold",
     )
     return {"steps": trainer.steps, "seconds": seconds, "peak": peak_memory(trainer.device)}
@@ -239,7 +239,7 @@ def _loaded(
 
 def _room(trainer: Trainer, recipe: Recipe) -> tuple[bool, str]:
     needed, free = check_disk(trainer, recipe, trainer.steps)
-    return True, f"{size(needed)} for the adapter and {recipe.train.keep} checkpoints, {size(free)} are free"
+    return True, f"{size(needed)} for the adapter and the checkpoints that are kept, {size(free)} are free"
 
 
 def run_seconds(

@@ -304,7 +304,7 @@ def check_free(folder: Path) -> None:
         raise QtuneError(
             "Q410",
             f"{folder} already holds a trained adapter; choose another folder with output=..., "
-            "go on with it (--resume), or give --overwrite to replace it",
+            f"go on with it ({way_on(folder)}), or give --overwrite to replace it",
         )
 
 

@@ -365,7 +365,7 @@ def test_a_run_that_is_done_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_a_run_is_not_trained_over(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
-        QtuneError, match=r"already holds a trained adapter.*go on with it \(--resume\), or give --over"
+        QtuneError, match=r"already holds a trained adapter.*go on with it \(qtune train .* --resume\), or give --over"
     ):
         train(small(tmp_path))
     for path in (run / "adapter.safetensors", run / "adapter.json"):
