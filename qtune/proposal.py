@@ -287,14 +287,17 @@ def _padded(per_step: int) -> Iterator[dict[str, Any]]:
 def _largest(request: Request, changes: Iterator[dict[str, Any]], screen: Screen) -> tuple[Plan, dict[str, Any]]:
     """The first change that fits, with checkpointing off where that fits as well and is faster; else the last one.
     Raises QtuneError where the model cannot be planned."""
-    plan, change = None, dict[str, Any]()
-    for change in changes:
-        plan = request.plan(request.recipe.with_(change))
-        if plan.verdict == "fits":
-            keeps = {**change, "train.checkpointing": False}
-            bare = request.plan(request.recipe.with_(keeps))
-            return (bare, keeps) if bare.verdict == "fits" and _rate(bare) > FASTER * _rate(plan) else (plan, change)
-    assert plan is not None
+    tried = list(changes)
+    with screen.bar("planning", len(tried) + 1) as advance:
+        for change in tried:
+            plan = request.plan(request.recipe.with_(change))
+            advance()
+            if plan.verdict == "fits":
+                keeps = {**change, "train.checkpointing": False}
+                bare = request.plan(request.recipe.with_(keeps))
+                faster = bare.verdict == "fits" and _rate(bare) > FASTER * _rate(plan)
+                advance(len(tried) - tried.index(change))
+                return (bare, keeps) if faster else (plan, change)
     return plan, change
 
 
