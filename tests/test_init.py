@@ -164,6 +164,7 @@ def test_dry_run_tells_all_faults(run: Run, recipe: Path, tmp_path: Path) -> Non
     assert all(word in err for word in ("device: ", "output: ", "data: "))
 
 
+@pytest.mark.slow
 def test_dry_run_holds_the_plan_to_the_budget(run: Run, recipe: Path) -> None:
     err = run("train", recipe, "--dry-run", "budget=300MB", code=1)[1]
     assert "plan: the plan's peak is" in err and "beyond the budget" in err
