@@ -133,7 +133,7 @@ def shard_files(folder: Path, stem: str) -> tuple[dict[str, set[str]], list[str]
     except OSError as error:
         return {}, [f"{index.name} cannot be read: {error.strerror or error}"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}, [f"{index.name} is damaged: it must be JSON with a mapping under weight_map"]
+        return {}, [f"{index.name} cannot be read: it must be JSON with a mapping under weight_map"]
     files: dict[str, set[str]] = {}
     for name, file in pairs:
         files.setdefault(file, set()).add(name)

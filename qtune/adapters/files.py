@@ -237,7 +237,7 @@ def _is_site(site: Any) -> bool:
 
 def _is_spec(value: Mapping[str, Any]) -> bool:
     """Is it what AdapterSpec.to_dict gives, as far as its kinds go?"""
-    targets = value.get("targets")
+    targets = value.get("targets", [])
     return (
         isinstance(value.get("method"), str) and isinstance(targets, list) and all(isinstance(t, str) for t in targets)
     )
