@@ -28,7 +28,8 @@ demo: setup ## fine-tune a small model on an NF4 base, merge and verify it (minu
 test: setup ## run the tests that are not marked slow
 	@$(PY) -m pytest -q -m "not slow" -n $(JOBS) --dist worksteal $(ARGS)
 
-test-slow: setup ## run the tests marked slow
+test-slow: setup ## run the tests marked slow, those of the extras eval and docs too (they are installed first)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,gguf,eval,docs]'
 	@$(PY) -m pytest -q -m slow -n $(JOBS) --dist worksteal $(ARGS)
 
 check: setup ## lint (ruff) and type-check (mypy)

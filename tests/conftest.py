@@ -8,17 +8,17 @@ from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# processes that share the tests share the cores, too; those that a test starts inherit it
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-if WORKERS > 1:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, (os.cpu_count() or 1) // WORKERS))))
+# tiny tensors run slower on many threads; processes that share the tests share the cores, and those that a test starts
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, min(4, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))),
+)
 
 import numpy as np
 import pytest
 import torch
 
-# tiny tensors run slower on many threads
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(4, os.cpu_count() or 1))))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

@@ -97,7 +97,8 @@ def test_every_command_and_option_is_on_the_page_of_commands(made: Pages) -> Non
     assert list(by) == [f"qtune {name}" for name in subparsers()]
     for name, parser in subparsers().items():
         for action in parser._actions:
-            shown = action.option_strings[0] if action.option_strings else str(action.metavar or "{" + ",".join(map(str, action.choices or ())) + "}")
+            choices = "{" + ",".join(map(str, action.choices or ())) + "}"
+            shown = action.option_strings[0] if action.option_strings else str(action.metavar or choices)
             assert shown in by[f"qtune {name}"], f"qtune {name} {shown}"
 
 
