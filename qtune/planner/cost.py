@@ -33,6 +33,7 @@ class Costs:
     def __init__(self) -> None:
         self.rows: dict[Key, list[int]] = {}
         self._read: set[tuple[int, int]] = set()  # segment and storage
+        self._files = False  # are there any?
 
     def add(self, segment: int, op: str, args: tuple[Any, ...], made: Made) -> None:
         """Count one call of an op with these arguments and results."""
@@ -43,7 +44,8 @@ class Costs:
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
         if not (tensors or made):
             return
-        self._disk(segment, name, tensors)
+        if self._files:
+            self._disk(segment, name, tensors)
         if name == "aten::copy_" and isinstance(args[1], Tensor) and place_of(args[0]) != place_of(args[1]):
             self._count((segment, LINK, str(args[0].dtype).removeprefix("torch.")), 0, made[0].nbytes)
             return
@@ -71,6 +73,7 @@ class Costs:
 
     def wait(self, segment: int, nbytes: int, place: str = HOST) -> None:
         """A tensor in host memory beside the device, or in a file."""
+        self._files |= place == DISK
         self._count((segment, WAITS[place], ""), 0, nbytes, 0)
 
     def waiting(self, place: str = HOST) -> int:
