@@ -27,6 +27,7 @@ from .report.trackers import check_trackers
 from .runs import check_files, pick_device, refuse_ranks, tokenizer_of
 from .safe_io import claimed
 from .screen import Screen, count, duration, size
+from .sections import MemoryKeys
 from .trainer import carrying_adapter, check_disk, check_free, check_start, checkpoints_of, language_of, tell_rows
 from .units import parse_size
 from .vocabulary import Token
@@ -88,7 +89,7 @@ def dry_run(
     folder = Path(recipe.output).expanduser()
     checks.look("recipe", lambda: (True, _recipe_words(recipe)))
     device = checks.look("device", lambda: (pick_device(recipe.device), str(pick_device(recipe.device))))
-    if device is not None:
+    if device is not None and recipe.memory != MemoryKeys():
         checks.look("memory", lambda: (True, "; ".join(check_files(recipe, device.type)) or "as the recipe says"))
     checks.look("output", lambda: _output(recipe, folder, overwrite, start_from))
     if recipe.train.trackers:

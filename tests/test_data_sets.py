@@ -403,7 +403,7 @@ def test_qtune_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = lines(tmp_path, *rows(("w1 w2 ", "w3"), ("w1 w2 ", "w3"), ("w1 w2 w3 w4 ", "w5")))
     folder = model(tmp_path / "model")
     text = data_command(capsys, path, "--model", folder, "--show", 1, "data.max_length=5")
-    for part in ("3 records (prompt)", "1 cut at 5 (1 answer lost tokens)", "4 - 4", "█", "50% up to 4", "w2⟦"):
+    for part in ("3 records (prompt)", "1 cut at 5 (1 answer lost tokens)", " 4 ", "█", "50% up to 4", "w2⟦"):
         assert part in text.replace(" ⟦", "⟦"), part
     value = json.loads(data_command(capsys, path, "--model", folder, "--json"))
     assert (value["train"]["records"], value["train"]["duplicates"], len(value["examples"])) == (3, 1, 2)

@@ -30,8 +30,7 @@ QUIET = Screen(quiet=True)
 @pytest.fixture(autouse=True)
 def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers picks a family's own tokenizer class by the config, which cannot read our one-word vocabulary."""
-    for room in ("runs", "trainer"):
-        monkeypatch.setattr(f"qtune.{room}.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+    monkeypatch.setattr("qtune.runs.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -296,8 +296,7 @@ def test_text_is_cut_in_windows_spread_over_it() -> None:
 @pytest.fixture(autouse=True)
 def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers picks a family's own tokenizer class by the config, which cannot read our one-word vocabulary."""
-    for room in ("runs", "trainer"):
-        monkeypatch.setattr(f"qtune.{room}.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+    monkeypatch.setattr("qtune.runs.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +314,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             if more == "gptq":
                 changes |= {"calibrate__codes": "gptq", "calibrate__length": 8, "calibrate__samples": 12}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("qtune.trainer.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+                patch.setattr("qtune.runs.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
                 made[name] = train(runs_helper.recipe(root, **changes)).folder
         return made[name]
 

@@ -26,15 +26,14 @@ PISSA = {"method": "pissa", "rank": 4}
 @pytest.fixture(autouse=True)
 def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers picks a family's own tokenizer class by the config, which cannot read our one-word vocabulary."""
-    for room in ("runs", "trainer"):
-        monkeypatch.setattr(f"qtune.{room}.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+    monkeypatch.setattr("qtune.runs.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
 
 
 @pytest.fixture(scope="module")
 def pissa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run whose base's codes are its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qtune.trainer.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+        patch.setattr("qtune.runs.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
         return train(runs_helper.recipe(tmp_path_factory.mktemp("pissa"), adapter=PISSA, train__steps=1)).folder
 
 
