@@ -440,8 +440,10 @@ def filled(text: str, name: str) -> str:
 
 
 def has_results(name: str) -> bool:
-    """Is there a results file for the table of this name?"""
-    return any((FOLDER / f"{SAME_FILE.get(name, name)}{end}").exists() for end in (".jsonl", ".json"))
+    """Is there a results file with rows for the table of this name?"""
+    if not any((FOLDER / f"{SAME_FILE.get(name, name)}{end}").exists() for end in (".jsonl", ".json")):
+        return False
+    return len(TABLES[name](read(name)[0])) > 2  # a head, and the line below it
 
 
 def main() -> None:
