@@ -76,6 +76,9 @@ def test_eval(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         value["adapter"]["accuracy"] > value["base"]["accuracy"] - 1e-9
         and value["adapter"]["eval_loss"] < value["base"]["eval_loss"]
     )
+    trained = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = [row["eval_loss"] for row in trained if "eval_loss" in row][-1]
+    assert value["adapter"]["eval_loss"] == pytest.approx(last, rel=1e-6)
     out, _ = run(capsys, "eval", root / "run", "--data", runs_helper.write_task(root, 6, seed=3))
     assert "accuracy" in out and "task3.jsonl" in out
 

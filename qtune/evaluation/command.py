@@ -251,6 +251,8 @@ def _evaluate(args: argparse.Namespace, job: _Job, screen: Screen) -> tuple[dict
     language, keys = LanguageModel(model), job.recipe.train
     if not job.is_run:
         language.check()
+    elif job.held is not None and job.held.examples:  # as in training, whose figures these are then
+        language.choose_attention(max(len(example.input_ids) for example in job.held.examples))
     capacity = Capacity(args.batch) if args.batch else replace(Capacity.of(keys), packed=False)
     named = [("base", False)] * args.base + [("adapter", True)] if job.is_run else [("model", True)]
     results: dict[str, Any] = {}
