@@ -2,9 +2,9 @@
 
     python benchmarks/packing.py [--steps N]        writes benchmarks/results/packing.jsonl and prints the table
 SmolLM2-135M on an NF4 base, LoRA rank 16, checkpointing. 400 examples of the demo's text, of lengths drawn as those of
-Alpaca's data are spread (log-normal, median 100, at most 512 tokens). A packed row holds as many tokens as 8 examples
-have on average. The two take turns, step by step, in one process; tokens are counted without padding. Then both
-evaluate all examples with the same weights: the losses must agree.
+Alpaca's data are spread (log-normal, median 100, at most 512 tokens). A packed row has as many positions as a padded
+micro-batch on average, and so takes its memory. The two take turns, step by step, in one process; tokens are counted
+without padding. Then both evaluate all examples with the same weights: the losses must agree.
 """
 
 from __future__ import annotations
@@ -72,10 +72,9 @@ def main() -> None:
     language.check_apart()
     language.checkpointing(Boundaries())
     lengths = [len(one.input_ids) for one in some]
-    ways = {
-        "padded": Capacity(ROWS),
-        "packed": Capacity(max(LONGEST, ROWS * sum(lengths) // COUNT), by_tokens=True, packed=True),
-    }
+    padded = Capacity(ROWS)
+    positions = ROWS * sum(lengths) / COUNT / (1 - padding(lengths, padded, 0))
+    ways = {"padded": padded, "packed": Capacity(max(LONGEST, round(positions)), by_tokens=True, packed=True)}
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     step = TrainStep(language, Optimizer(trained, lr=1e-4), clip=1.0)
     model.train()

@@ -393,6 +393,24 @@ SAME_FILE = {
     "quality-starts": "quality",
     "quality-papers": "quality",
 }  # tables of another's results
+
+
+def packing_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Padded micro-batches and packed rows."""
+    table = [
+        "| micro-batch | padding | tokens/s (p20 to p80) | times padded | loss |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        low, speed, high = (row[f"p{n}_tokens_per_s"] for n in (20, 50, 80))
+        times = speed / rows[0]["p50_tokens_per_s"]
+        table.append(
+            f"| {row['way']}, {row['capacity']} | {row['empty']:.1%} | {speed:,.0f} ({low:,.0f} to {high:,.0f}) "
+            f"| {times:.2f} | {row['loss']:.5f} |"
+        )
+    return table
+
+
 TABLES: dict[str, Callable[[Any], list[str]]] = {
     "merge": merge_table,
     "load": load_table,
@@ -405,6 +423,7 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "cards": cards_table,
     "choices-methods": choices_methods_table,
     "choices-schemes": choices_schemes_table,
+    "packing": packing_table,
     "quality": quality_table,
     "quality-cost": quality_cost_table,
     "quality-starts": quality_starts_table,
