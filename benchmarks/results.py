@@ -249,8 +249,8 @@ def quality_starts_table(rows: list[dict[str, Any]]) -> list[str]:
     """The ablations: what stands after a start, before any training."""
     table = [
         "| scheme | codes | start | rank | layer error: calibration, held out | off the nuclear norm "
-        "| perplexity before | s to start |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| perplexity before |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in latest(rows):
         given, error = row["settings"], row.get("layer_error")
@@ -258,7 +258,7 @@ def quality_starts_table(rows: list[dict[str, Any]]) -> list[str]:
             share = f"{row['nuclear']:.1%}" if "nuclear" in row else ""
             cells = [given["scheme"], given["codes"], given["name"], str(given["rank"])]
             cells += [f"{error['calibration']:.3f}, {error['held_out']:.3f}", share, _perplexity(row["perplexity"])]
-            table.append(f"| {' | '.join(cells)} | {row['start_seconds']:.0f} |")
+            table.append(f"| {' | '.join(cells)} |")
     return table
 
 

@@ -85,7 +85,7 @@ def test_tables(quality, monkeypatch, tmp_path, capsys):
     text = results.README.read_text()
     assert "| int3-g64 | lora | 1.000, 1.050 | 200,000 | 61.00 (60.00 to 62.00) | 0.001 | 75.0% |" in text
     assert "41.00 (40.00 to 42.00) | 0.0001 | 75.0% |" in text
-    assert "| nf4-single | nearest | pissa T=5 | 18 | 0.500, 0.550 | 19.0% | 30.00 | 9 |" in text
+    assert "| nf4-single | nearest | pissa T=5 | 18 | 0.500, 0.550 | 19.0% | 30.00 |" in text
     assert "loftq > lora (LoftQ, table 5) | qwha ~ cloq > lora |" in text
     assert "| qwha | 9 | 3.00 | 2.00 | 2,048 MiB | 2.00 |" in text, "of lora's"
     assert "| qwha |  |  | 0.50 |" in text and "merge: no results yet" in capsys.readouterr().out
