@@ -18,6 +18,8 @@ from .recipe import Recipe
 from .runs import is_run, load_base, open_run
 from .screen import Screen
 
+HELP = "/new starts over, /exit or Ctrl-D ends"
+
 
 def chat(
     source: str,
@@ -60,11 +62,14 @@ def chat(
         screen.line(answer)
         emit({"prompt": prompt, "answer": answer})
         return
-    screen.line("/new starts over, /exit or Ctrl-D ends", "dim")
+    screen.line(HELP, "dim")
     told = []
     while (text := _ask(screen)) is not None:
         if text == "/new":
             turns = list(start)
+            continue
+        if text.startswith("/") and text[1:].isalpha():
+            screen.line(HELP, "dim")
             continue
         turns.append({"role": "user", "content": text})
         ids = _ids(tokenizer, template, turns)

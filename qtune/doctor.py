@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, backend
-from .memory import keep_freed_memory
+from .memory import host_memory, keep_freed_memory
 from .memory.cuda import told
 from .ops import REFERENCES
 from .screen import size
@@ -130,10 +130,12 @@ def _print_ops(console: Console, rows: list[dict[str, Any]], speeds: dict[str, A
 
 def findings() -> dict[str, Any]:
     """System, devices, what can be trained on them, packages, CPU kernels."""
+    memory = host_memory()
     facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}, Python {platform.python_version()}",
         "cpu": f"{os.cpu_count()} cores ({torch.get_num_threads()} torch threads), "
-        f"{torch.backends.cpu.get_cpu_capability()}, {_memory()}",
+        f"{torch.backends.cpu.get_cpu_capability()}, "
+        f"{'memory unknown' if memory is None else f'{size(memory)} memory'}",
         "cuda": _cuda(),
         "cuda memory": told(),
         "mps": "available (reference kernels; not tested by this project)"
@@ -176,13 +178,6 @@ def _abilities() -> str:
     if _installed("gguf") == "not installed":
         text += "; .gguf models need the extra: pip install 'qtune[gguf]'"
     return text
-
-
-def _memory() -> str:
-    try:
-        return f"{size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))} memory"
-    except (AttributeError, ValueError, OSError):
-        return "memory unknown"
 
 
 def _installed(name: str) -> str:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from .adapters import adapted_sites
 from .batches import Capacity, order_of
 from .data import Example, load_sets, show_example
@@ -28,7 +30,16 @@ from .runs import check_files, pick_device, refuse_ranks, tokenizer_of
 from .safe_io import claimed
 from .screen import Screen, count, duration, size
 from .sections import MemoryKeys
-from .trainer import carrying_adapter, check_disk, check_free, check_start, checkpoints_of, language_of, tell_rows
+from .trainer import (
+    carrying_adapter,
+    check_disk,
+    check_free,
+    check_start,
+    checkpoints_of,
+    language_of,
+    tell_rows,
+    tell_unread,
+)
 from .units import parse_size
 from .vocabulary import Token
 
@@ -60,10 +71,7 @@ class _Checks:
     def _tell(self, name: str, code: str | None, words: str) -> None:
         self.rows.append((name, code, words))
         mark, style = ("✓", "green") if code is None else ("✗", "bold red")
-        first, *rest = words.splitlines() or [""]
-        self.screen.line(f"{mark} {name:8}  {first}", style)
-        for line in rest:
-            self.screen.line(f"            {line}", "" if code is None else "red")
+        self.screen.beside(f"{mark} {name:8}", words, style)
 
     def done(self) -> None:
         """Raises QtuneError where something was at fault."""
@@ -88,7 +96,7 @@ def dry_run(
     started, checks = time.monotonic(), _Checks(screen)
     folder = Path(recipe.output).expanduser()
     checks.look("recipe", lambda: (True, _recipe_words(recipe)))
-    device = checks.look("device", lambda: (pick_device(recipe.device), str(pick_device(recipe.device))))
+    device = checks.look("device", lambda: ((place := pick_device(recipe.device)), str(place)))
     if device is not None and recipe.memory != MemoryKeys():
         checks.look("memory", lambda: (True, "; ".join(check_files(recipe, device.type)) or "as the recipe says"))
     checks.look("output", lambda: _output(recipe, folder, overwrite, start_from))
@@ -97,11 +105,14 @@ def dry_run(
     words = checks.look("model", lambda: _tokenizer(recipe))
     sets = checks.look("data", lambda: _data(recipe, words[0], screen)) if words is not None else None
     if sets is not None and words is not None:
-        tokenizer = words[0]
+        tokenizer, tokens = words
         tell_rows(recipe, sets.train, sets.report.format, tokenizer, screen)
         screen.line("first example, what is trained marked:", "dim")
         screen.line(show_example(sets.train[0], tokenizer, colour=screen.console.is_terminal))
-    fits = checks.look("plan", lambda: _plan(recipe, sets, screen)) if sets is not None and device is not None else None
+        tell_unread(recipe, tokenizer, tokens, sets.train, screen)
+    fits = None
+    if sets is not None and device is not None:
+        fits = checks.look("plan", lambda: _plan(recipe, device, sets, screen))
     found: dict[str, Any] = {}
     if sets is not None and words is not None and fits:
         found = _step(checks, recipe, _standing(folder), words, sets, start_from, screen)
@@ -155,14 +166,13 @@ def _data(recipe: Recipe, tokenizer: Any, screen: Screen) -> tuple[Sets, str]:
     return sets, "\n".join(reports)
 
 
-def _plan(recipe: Recipe, sets: Sets, screen: Screen) -> tuple[bool, str]:
+def _plan(recipe: Recipe, here: torch.device, sets: Sets, screen: Screen) -> tuple[bool, str]:
     """Does it fit? What cannot be planned is no fault, unless there is a budget that it should be held to."""
     from .planner.devices import find_device
     from .planner.fit import peak, refuse_beyond
     from .planner.measure import free_memory
     from .planner.request import lengths_of
 
-    here = pick_device(recipe.device)
     if here.type not in ("cpu", "cuda") and recipe.budget is None:
         return True, f"none: what training takes on {here.type} cannot be planned"
     try:
@@ -171,7 +181,7 @@ def _plan(recipe: Recipe, sets: Sets, screen: Screen) -> tuple[bool, str]:
         shape = lengths_of([*sets.train, *sets.held_out])
         plan = refuse_beyond(recipe, budget, device, shape=shape, screen=screen)
     except QtuneError as error:
-        if recipe.budget is None and "cannot be planned" in str(error):
+        if recipe.budget is None and error.code == "Q506":
             return True, f"none: {error}"
         raise
     free = free_memory(device)

@@ -4,7 +4,10 @@ and how a full memory is recognized."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class QtuneError(Exception):
@@ -26,6 +29,30 @@ def one_of(what: str, given: object, legal: Iterable[object], code: str = "Q101"
     close = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return QtuneError(code, f"unknown {what} {str(given)!r}{hint}; legal: {', '.join(names)}")
+
+
+def tried(check: Callable[[], T], faults: list[QtuneError]) -> T | None:
+    """What a check returns; None where it is at fault, which goes into `faults` unless it has no text: then it only
+    stands on something that was found at fault before."""
+    try:
+        return check()
+    except QtuneError as error:
+        if str(error):
+            faults.append(error)
+        return None
+
+
+def all_of(faults: Sequence[QtuneError], code: str) -> QtuneError:
+    """One error for all of them: the only one as it is, several as a list with `code`."""
+    if len(faults) == 1:
+        return faults[0]
+    return QtuneError(code, "\n  ".join((f"there are {len(faults)} faults:", *map(str, faults))))
+
+
+def listed(things: Iterable[object], most: int = 8, between: str = ", ") -> str:
+    """The first of them as words, and dots where there are more."""
+    words = [str(thing) for thing in things]
+    return between.join(words[:most]) + " ..." * (len(words) > most)
 
 
 # how torch says on GPUs, on Linux and on Windows that memory is full; and what helps

@@ -12,10 +12,11 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import QtuneError
+from .errors import QtuneError, all_of, tried
 from .yaml_text import dump_yaml
 
 if TYPE_CHECKING:
@@ -64,8 +65,10 @@ def init(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) 
     screen.line(speed_lines(plan.speed, request)[0])
     screen.title("Recipe")
     screen.line(f"wrote {out}: read it, every value says why it is what it is")
-    screen.line(f"next:  qtune data {shlex.quote(str(out))}     shows what is learned")
-    screen.line(f"       qtune train {shlex.quote(str(out))}    trains; with --dry-run it only checks everything")
+    file = shlex.quote(str(out))
+    screen.line(f"next:  qtune data {file}              what is learned")
+    screen.line(f"       qtune train {file} --dry-run   checks everything")
+    screen.line(f"       qtune train {file}             trains")
     emit({
         "recipe": str(out), "values": dict(proposal.values), "verdict": plan.verdict, "peak": peak(plan),
         "budget": plan.budget, "steps": request.steps(), "examples": len(proposal.sets.train),
@@ -88,15 +91,14 @@ def _asked(args: argparse.Namespace, screen: Screen) -> Asked:
         why = "--yes asks nothing" if args.yes else "there is no terminal to ask on"
         raise QtuneError("Q103", f"{why}, so give {', '.join(missing)}")
     faults: list[QtuneError] = []
-    _given(lambda: check_model(args.model), args.model, faults)
-    for name in ("data", "eval"):
-        _given(lambda name=name: _check_data(getattr(args, name)), getattr(args, name), faults)  # type: ignore[misc]
-    device, where = _given(lambda: _device(args.device), True, faults) or (None, "")
-    limit = _given(lambda: _limit(args.budget), args.budget, faults)
+    if args.model is not None:
+        tried(lambda: check_model(args.model), faults)
+    for name in filter(None, (args.data, args.eval)):
+        tried(partial(_check_data, name), faults)
+    device, where = tried(lambda: _device(args.device), faults) or (None, "")
+    limit = None if args.budget is None else tried(lambda: _limit(args.budget), faults)
     if faults:
-        if len(faults) == 1:
-            raise faults[0]
-        raise QtuneError("Q111", "\n  ".join((f"there are {len(faults)} faults:", *map(str, faults))))
+        raise all_of(faults, "Q111")
     assert device is not None
     model = args.model or _answer(MODEL, "", check_model, screen)[0]
     data = args.data or _answer(DATA, "", _check_data, screen)[0]
@@ -107,16 +109,6 @@ def _asked(args: argparse.Namespace, screen: Screen) -> Asked:
         model=model, data=data, held_out=args.eval, device=device, where=where, limit=limit or device.memory,
         budget=args.budget, output=_free_folder(model),
     )  # fmt: skip
-
-
-def _given(check: Callable[[], Any], value: Any, faults: list[QtuneError]) -> Any:
-    """What a check of a flag returns; None, and a line in `faults`, where it is not legal, and None where it was not
-    given."""
-    try:
-        return None if value is None else check()
-    except QtuneError as error:
-        faults.append(error)
-        return None
 
 
 def _answer(question: str, default: str, check: Callable[[str], Any], screen: Screen) -> tuple[str, Any]:
@@ -187,7 +179,7 @@ def _heading(proposal: Proposal, out: Path) -> list[str]:
         f"  qtune plan {file} --explain       what each knob saves or costs",
         f"  qtune train {file} --dry-run      checks everything, trains nothing",
         f"  qtune train {file}                trains; train.lr=1e-4 behind it changes a value",
-        "What is not here has its default: configs/first.yaml has every key. Paths are relative to the current folder.",
+        "What is not here has its default: `qtune keys` lists all. Paths are relative to the current folder.",
     ]
 
 

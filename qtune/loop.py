@@ -26,7 +26,7 @@ from .batches import Capacity, steps_of, stream
 from .data import Example
 from .errors import QtuneError
 from .evaluate import EvalResult, evaluate
-from .headroom import dry_step, largest, wants_dry_step
+from .headroom import at_worst, dry_step, largest, wants_dry_step
 from .memory.layers import device_of
 from .memory.random import random_states, set_random_states
 from .optim import lr_factor, optimizer_of
@@ -145,7 +145,9 @@ class Trainer:
         """The largest micro-batches of the data once, and nothing of it left but the allocator's room. Returns the
         places of the largest, and the seconds that it takes."""
         tick, batches = time.perf_counter(), largest(self.examples, self.capacity)
-        with self._training():
+        with self._training(), at_worst(self.train_step.sites, self.steps):
+            del self.train_step  # its masters have other sizes
+            self.train_step = self._step()
             seconds = dry_step(self.train_step, batches, self.keys.accumulate)
         del self.train_step  # its optimizer's states go before new ones are made
         self.train_step = self._step()
@@ -172,7 +174,7 @@ class Trainer:
                 except NonFinite as error:
                     self._skip(step, factor, error, result)
                 else:
-                    self.in_row = 0
+                    self.in_row, factor = 0, done.factor
                     result.tokens += done.tokens
                     result.losses.append(done.loss)
                     result.seconds = time.perf_counter() - started

@@ -134,9 +134,8 @@ def _tree(source: str | Path | Mapping[str, Any], faults: list[str]) -> tuple[st
             path = Path(source).expanduser()
             folder, source = path.parent, path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: ~user without a home
-            raise QtuneError(
-                "Q104", f"cannot read the recipe {name}: {getattr(error, 'strerror', None) or error}"
-            ) from error
+            why = "no text in UTF-8" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None)
+            raise QtuneError("Q104", f"cannot read the recipe {name}: {why or error}") from error
     count = len(faults)
     value = load_yaml(source, faults)
     if value is None and len(faults) == count:

@@ -40,11 +40,11 @@ SAMPLE = 1 << 16  # bytes of each tensor of the base that its digest is made of
 FROM = "To take the adapter's weights alone into another run, use --from RUN and another output"
 
 
-def about(recipe: Recipe, examples: Sequence[Example], held_out: Sequence[Example], base: str) -> dict[str, Any]:
-    """What a checkpoint keeps to compare with. base: of `base_digest`."""
+def about(recipe: Recipe, data: Digests, base: str) -> dict[str, Any]:
+    """What a checkpoint keeps to compare with. data: of `digests_of`; base: of `base_digest`."""
     return {
         "recipe": anchored(recipe).to_dict(),
-        "data": {"train": data_digest(examples), "eval": data_digest(held_out) if held_out else None},
+        "data": dict(data),
         "base": base,
         "versions": versions(),
     }
@@ -56,6 +56,13 @@ def versions() -> dict[str, str]:
 
 
 # ---- digests
+
+Digests = Mapping[str, str | None]  # of the examples: "train", and "eval", which may be none
+
+
+def digests_of(examples: Sequence[Example], held_out: Sequence[Example]) -> Digests:
+    """Reads every token, so once is enough."""
+    return {"train": data_digest(examples), "eval": data_digest(held_out) if held_out else None}
 
 
 def data_digest(examples: Sequence[Example]) -> str:
@@ -114,17 +121,17 @@ def saved_recipe(saved: Saved) -> Recipe:
         ) from error
 
 
-def check_data(saved: Saved, recipe: Recipe, examples: Sequence[Example], held_out: Sequence[Example]) -> None:
-    """Raises QtuneError where the examples are not those of the run; the held-out ones matter to keep_best and patience
-    alone."""
+def check_data(saved: Saved, recipe: Recipe, data: Digests) -> None:
+    """Raises QtuneError where the examples, by their `digests_of`, are not those of the run; the held-out ones matter
+    to keep_best and patience alone."""
     there, kept = saved.info["data"], _flat(saved_recipe(saved))
     here = _flat(recipe)
     keys = [_differs(k, here, kept) for k in here if k.startswith("data.") and here[k] != kept.get(k)]
     faults = []
-    if there.get("train") != data_digest(examples):
+    if there.get("train") != data["train"]:
         faults.append(f"the training examples are others ({'; '.join(keys) or 'the files have changed'})")
     compares = [f"train.{key}" for key in ("keep_best", "patience") if getattr(recipe.train, key)]
-    if compares and there.get("eval") != (data_digest(held_out) if held_out else None):
+    if compares and there.get("eval") != data["eval"]:
         verb = "compares" if len(compares) == 1 else "compare"
         faults.append(f"the held-out examples, by which {' and '.join(compares)} {verb}, are others")
     _refuse(saved, faults)

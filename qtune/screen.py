@@ -21,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 Advance = Callable[..., None]  # advance(n=1, note="")
@@ -41,6 +42,18 @@ class Screen:
         wrapped = self.console.is_terminal
         shown = Text(printable(text), style=style or "") if isinstance(text, str) else text
         self.console.print(shown, soft_wrap=not wrapped)
+
+    def beside(self, head: str, text: str, style: str) -> None:
+        """A head, and a text of one or more lines beside it. On a terminal what is wrapped stays beside the head."""
+        if self.console.is_terminal:
+            row = Table.grid(padding=(0, 2, 0, 0))
+            row.add_row(Text(head, style), Text(printable(text), style))
+            self.console.print(row)
+            return
+        first, *rest = text.splitlines() or [""]
+        self.line(f"{head}  {first}", style)
+        for line in rest:
+            self.line(f"{' ' * len(head)}  {line}", style)
 
     def title(self, text: str) -> None:
         """A heading between the stages of a command."""

@@ -102,6 +102,8 @@ def recipe_of(args: argparse.Namespace) -> Any:
     path = expanded(args.recipe)
     if not path.exists():
         raise QtuneError("Q104", f"there is no recipe {path}; `qtune init` writes one")
+    if kind := {".gguf": "a model", **dict.fromkeys((".jsonl", ".csv", ".tsv", ".parquet"), "data")}.get(path.suffix):
+        raise QtuneError("Q104", f"{path} is {kind}, not a recipe, which is a YAML file; `qtune init` writes one")
     if not path.is_dir():
         return Recipe.load(Path(args.recipe), args.overrides)
     if not (path / RECIPE).is_file():

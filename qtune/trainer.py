@@ -29,7 +29,7 @@ from .adapters.files import (
 from .batches import Capacity, padding
 from .data import Example, load_sets, read_template, show_example
 from .data.words import split_marks, unseen
-from .errors import QtuneError
+from .errors import QtuneError, listed
 from .headroom import check_room, peak_memory, told_out_of_memory
 from .loop import Trainer, TrainResult
 from .loss import loss_options
@@ -41,7 +41,7 @@ from .report.page import PAGE
 from .report.read import RUN
 from .report.record import Recorder
 from .report.trackers import check_trackers
-from .resume import about, base_digest, check_base, check_data, check_recipe, check_schedule, tell_versions
+from .resume import about, base_digest, check_base, check_data, check_recipe, check_schedule, digests_of, tell_versions
 from .runs import (
     METRICS,
     RECIPE,
@@ -116,9 +116,10 @@ def _train(
         screen.line(f"note: {note}", "yellow")
     tokenizer, tokens = tokenizer_of(recipe)
     examples, held_out = _data(recipe, tokenizer, screen, record)
-    _tell_unread(recipe, tokenizer, tokens, examples, screen)
+    tell_unread(recipe, tokenizer, tokens, examples, screen)
+    data = digests_of(examples, held_out)
     if saved is not None:
-        check_data(saved, recipe, examples, held_out)
+        check_data(saved, recipe, data)
     check_room(recipe, [*examples, *held_out], screen)
     screen.title("Load")
     model = carrying_adapter(recipe, start_from, saved, folder, tokenizer, tokens, examples, screen)
@@ -132,7 +133,7 @@ def _train(
         screen.line(f"memory  {told}")
     _tell_rows_of_tokens(model, recipe, screen)
     base = base_digest(model) if saved is None else saved.info["base"]  # which was compared with this one
-    checkpoints = checkpoints_of(recipe, folder, model, about(recipe, examples, held_out, base))
+    checkpoints = checkpoints_of(recipe, folder, model, about(recipe, data, base))
     trainer = Trainer(
         language, examples, held_out, recipe.train, folder=folder, screen=screen, checkpoints=checkpoints,
         record=record, memory=recipe.memory, files=folder_of(recipe),
@@ -213,12 +214,12 @@ def carrying_adapter(
     return start_base(recipe, screen, calibration_text(recipe, tokenizer, screen, examples), tokens)
 
 
-def _tell_unread(
+def tell_unread(
     recipe: Recipe, tokenizer: Any, tokens: Sequence[Token], examples: Sequence[Example], screen: Screen
 ) -> None:
     """Tokens that the data does not hold, and special ones of the chat template that are no tokens."""
     if missing := unseen(tokens, examples):
-        screen.line(f"note: no training example holds {', '.join(missing[:8])}{' ...' * (len(missing) > 8)}", "yellow")
+        screen.line(f"note: no training example holds {listed(missing)}", "yellow")
     template = read_template(recipe.data.template) if recipe.data.template else tokenizer.chat_template
     if isinstance(template, str) and (split := split_marks(template, tokenizer)):
         screen.line(
@@ -269,10 +270,10 @@ def tell_rows(recipe: Recipe, examples: Sequence[Example], form: str, tokenizer:
     if len(examples) > 1:
         capacity, lengths = Capacity.of(recipe.train), [len(example.input_ids) for example in examples]
         empty = padding(lengths, capacity, recipe.train.seed)
-        screen.line(
-            f"packing  rows of {capacity} are {1 - empty:.1%} full" if capacity.packed
-            else f"padding  {empty:.0%} of micro-batches of {capacity}"
-        )  # fmt: skip
+        if capacity.packed:
+            screen.line(f"packing  rows of {capacity} are {1 - empty:.1%} full")
+        elif empty >= 0.005:
+            screen.line(f"padding  {empty:.0%} of micro-batches of {capacity}")
     if form in ("prompt", "alpaca") and tokenizer.chat_template:
         screen.line(
             f"note: {form} records are learned as they stand, without the chat template that `qtune chat` "
@@ -383,6 +384,6 @@ def _begin(folder: Path, recipe: Recipe, trainer: Trainer, start_from: Path | No
             save_first(model, folder)
         elif (run_of(start_from) / FIRST).is_file():
             shutil.copyfile(run_of(start_from) / FIRST, folder / FIRST)
-    if (folder / "merged").exists():
+    if (folder / "merged").exists() and step < trainer.steps:
         screen.line(f"note: {folder / 'merged'} is of the run before; merge anew with --overwrite", "yellow")
     write_text(folder / RECIPE, anchored(recipe).to_yaml())

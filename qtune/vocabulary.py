@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import QtuneError
+from .errors import QtuneError, listed
 from .quant import QuantEmbedding, QuantLinear
 
 SHOWN = 8  # ids that an error lists
@@ -246,7 +246,7 @@ def build_rows(model: Any, tokens: Sequence[Token]) -> Built:
         raise QtuneError(
             "Q314",
             f"the model has rows for the ids 0 to {count - 1}, and the tokenizer has tokens behind them: "
-            f"{', '.join(map(str, missing[:SHOWN]))}{' ...' * (len(missing) > SHOWN)}; name these in tokens.train, too",
+            f"{listed(missing, SHOWN)}; name these in tokens.train, too",
         )
     where = {module: name for name, module in model.named_modules()}
     tied = tied_head(model) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,10 @@ def test_weights(tmp_path: Path) -> None:
 # ---- encoding many at once
 
 
-def bpe(kind: str) -> PreTrainedTokenizerFast:
+def bpe(kind: str, text: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A trained BPE: of bytes, whose offsets leave leading spaces out; the same with tokens that go over words, so that
     trailing spaces are left out as well; or of characters, with ▁ before each text."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()[:20_000]
+    text = text or (Path(__file__).parents[1] / "README.md").read_text()[:20_000].split("\n")
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind == "▁"))
     if kind == "▁":
         core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -195,7 +196,7 @@ def bpe(kind: str) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    core.train_from_iterator(text.split("\n"), trainer)
+    core.train_from_iterator(text, trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
     made.chat_template = CHATML
     return made
@@ -234,6 +235,40 @@ def test_a_long_text_in_chunks_is_as_in_one(kind: str, monkeypatch: pytest.Monke
     for size in (1, 100, 3000):
         monkeypatch.setattr(encoding, "CHUNK", size)
         assert list(Encoder(tok).text(text)) == whole
+
+
+@pytest.mark.parametrize("between", ["\n\n", " \n", "\r\n\r\n"])
+def test_paragraphs_in_chunks_are_as_in_one(between: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty line is one token at the end of a text, and two before the next paragraph."""
+    text = between.join((Path(__file__).parents[1] / "ARCHITECTURE.md").read_text()[:5_000].splitlines())
+    tok = bpe("bytes", [text, *[f"a{between}"] * 200])
+    alone, before = (Encoder(tok).ids(some) for some in (between, f"{between}b"))
+    assert before[: len(alone)] != alone, "or it tells nothing"
+    whole = [*Encoder(tok).ids(text), tok.eos_token_id]
+    monkeypatch.setattr(Encoder, "ids", lambda self, text: [])
+    monkeypatch.setattr(encoding, "CHUNK", 100)
+    assert list(Encoder(tok).text(text)) == whole
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytes over words", "▁"])
+def test_a_prompt_has_the_tokens_that_it_has_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long ones, of which only the lines at the edge are encoded again, with empty lines that are one token at the end
+    of a prompt and two before an answer."""
+    text, draw = (Path(__file__).parents[1] / "README.md").read_text()[:20_000], random.Random(0)
+    tok = bpe(kind, [*text.split("\n"), *["a\n\n", "a \n"] * 50])
+    for between in ("\n", "\n\n", " \n", "\n  "):
+        whole, records = text.replace("\n", between), []
+        for _ in range(60):
+            start, length = draw.randrange(len(whole) - 900), draw.randint(2, 900)
+            edge = start + draw.randrange(1, length)
+            records.append(Record("prompt", "w", whole[start:edge], whole[edge : start + length]))
+        made = Encoder(tok).encode_many(records)
+        for record, (ids, trained) in zip(records, made, strict=True):
+            alone = Encoder(tok).ids(record.prompt)
+            assert trained.index(1) == len(alone) and list(ids[: len(alone)]) == alone, record
+        with monkeypatch.context() as patch:
+            patch.setattr(Encoder, "_clean", lambda *args: None)
+            assert Encoder(tok).encode_many(records) == made
 
 
 def test_batches_of_any_size_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

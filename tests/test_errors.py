@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qtune import cli
-from qtune.errors import QtuneError, one_of
+from qtune.errors import QtuneError, all_of, listed, one_of, tried
 from qtune.explain import KINDS, markdown
 from qtune.explain.inputs import INPUTS
 from qtune.explain.work import WORK
@@ -127,3 +127,23 @@ def test_a_bug_shows_its_traceback(capsys: pytest.CaptureFixture[str], monkeypat
 def test_a_call_without_a_code_of_the_table_is_found(source: str) -> None:
     call = ast.parse(source).body[0]
     assert isinstance(call, ast.Expr) and isinstance(call.value, ast.Call) and not names_a_code(call.value)
+
+
+def test_faults_are_gathered_and_one_alone_keeps_its_code() -> None:
+    def refuse(code: str, text: str) -> int:
+        raise QtuneError(code, text)
+
+    faults: list[QtuneError] = []
+    assert tried(lambda: 3, faults) == 3 and not faults
+    assert tried(lambda: refuse("Q201", "no file"), faults) is None
+    assert tried(lambda: refuse("Q105", ""), faults) is None  # only follows from the one before
+    assert all_of(faults, "Q111") is faults[0]
+    assert tried(lambda: refuse("Q601", "no card"), faults) is None
+    error = all_of(faults, "Q111")
+    assert error.code == "Q111" and str(error) == "there are 2 faults:\n  no file\n  no card"
+
+
+def test_a_list_is_cut_short() -> None:
+    assert listed(range(8)) == "0, 1, 2, 3, 4, 5, 6, 7"
+    assert listed(range(9)) == "0, 1, 2, 3, 4, 5, 6, 7 ..."
+    assert listed(["a", "b"], 1, "; ") == "a ..."

@@ -156,6 +156,11 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+def test_dry_run_tells_of_tokens_that_the_data_lacks(run: Run, recipe: Path) -> None:
+    told = run("train", recipe, "--dry-run", "tokens.add=[<tool>]", "device=cuda:7", code=1)
+    assert "note: no training example holds <tool>" in told[0]
+
+
 def test_dry_run_tells_all_faults(run: Run, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the folder should be")
     (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')

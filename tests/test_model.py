@@ -134,6 +134,17 @@ def test_nothing_is_upcast(tmp_path: Path) -> None:
     assert torch.equal(ours.model.layers[0].mlp.up_proj.parts["codes"], NF4().pack(w.detach())["codes"])
 
 
+def test_a_folder_without_a_tokenizer_says_what_it_lacks(tmp_path: Path) -> None:
+    tiny.model("llama").config.save_pretrained(tmp_path)
+    with pytest.raises(QtuneError, match=r"the folder has none \(tokenizer.json, .*copy the model's files") as error:
+        load_tokenizer(tmp_path)
+    assert error.value.code == "Q308"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(QtuneError, match="cannot read a tokenizer") as error:
+        load_tokenizer(tmp_path)
+    assert "has none" not in str(error.value)
+
+
 def test_packing_is_given_each_weight_before_it_is_packed(tmp_path: Path) -> None:
     theirs = tiny.saved("gpt2", tmp_path)
     seen = {}

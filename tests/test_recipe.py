@@ -216,7 +216,7 @@ device: tpu
 def test_unreadable_recipe(here: Path) -> None:
     assert faults("nowhere.yaml")[0].startswith("cannot read the recipe nowhere.yaml: No such file")
     (here / "latin.yaml").write_bytes(b"model: \xff")
-    assert faults("latin.yaml")[0].startswith("cannot read the recipe latin.yaml: 'utf-8' codec")
+    assert faults("latin.yaml")[0].startswith("cannot read the recipe latin.yaml: no text in UTF-8")
 
 
 # ---- what is legal ----

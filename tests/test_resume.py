@@ -96,6 +96,7 @@ MORE = {
     "streamed": STREAMED | {"train__optimizer": "lion"},
     "dora": BF16 | {"adapter": {"method": "dora", "rank": 4, "dropout": 0.2}},
     "vera": BF16 | {"adapter": {"method": "vera", "rank": 16}, "train__optimizer": "adafactor"},
+    "vblora": STREAMED | {"adapter": {"method": "vblora", "rank": 2, "length": 32}, "train__accumulate": 2},
     "lora-fa": BF16 | {"adapter": {"method": "lora", "rank": 4, "freeze_a": True}, "train__optimizer": "adamw8"},
     "pissa": BF16 | {"adapter": {"method": "pissa", "rank": 4}},
     "early": {"train__update_in_backward": True, "train__clip": None, "train__optimizer": "adamw8", "small": 64},
@@ -354,11 +355,13 @@ def test_nothing_saved_yet_begins_at_the_start(tmp_path: Path, monkeypatch: pyte
         train(small(tmp_path), resume=True)
 
 
-def test_a_run_that_is_done_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_run_that_is_done_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = small(tmp_path, data__eval=runs_helper.write_task(tmp_path, 12, seed=1).as_posix())
     first = train(recipe)
     before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.suffix in (".safetensors", ".jsonl")}
-    again = train(recipe, resume=True)
+    (first.folder / "merged").mkdir()  # of this very run
+    again = train(recipe, screen=Screen(), resume=True)
+    assert "merge anew" not in capsys.readouterr().out
     same_run(first, again)
     assert {path: path.read_bytes() for path in before} == before
 

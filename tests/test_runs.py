@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+from array import array
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from qtune.recipe import Recipe
 from qtune.runs import load_base, open_run, pick_device
 from qtune.screen import Screen
 from qtune.step import LanguageModel
-from qtune.trainer import Trainer, train
+from qtune.trainer import Trainer, tell_rows, train
 
 QUIET = Screen(quiet=True)
 
@@ -197,6 +198,15 @@ def test_ctrl_c_in_an_evaluation_stops_it_and_keeps_the_steps(
     assert result.interrupted and result.after is None
     assert json.loads((tmp_path / "run" / "adapter.json").read_text())["base"]["step"] == result.steps
     assert result.steps == (4 if at == "step 4" else 8)
+
+
+def test_padding_is_told_where_there_is_any(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = runs_helper.recipe(tmp_path)
+    examples = [Example(array("i", range(n)), b"\1" * n, "w") for n in (3, 9, 4, 8)]
+    for rows in (1, 2):
+        changed = recipe.with_({"train.micro_batch": rows, "train.micro_tokens": None})
+        tell_rows(changed, examples, "text", None, Screen())
+        assert ("padding" in capsys.readouterr().out) == (rows > 1)
 
 
 def test_padding_is_not_counted_as_tokens(tmp_path: Path) -> None:

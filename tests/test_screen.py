@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qtune.screen import Screen
 
-FIGURES = {"loss": "1.250", "lr": "9.09e-05", "grad norm": "8.56", "memory": "795.6 MiB of 674.3 MiB planned"}
+FIGURES = {"loss": "1.250", "lr": "9.09e-05", "grad norm": "8.56", "memory": "795.6 MiB, 674.3 MiB planned"}
 
 
 def screen(width: int, *, terminal: bool) -> tuple[Screen, io.StringIO]:
@@ -43,8 +43,20 @@ def test_without_a_terminal_a_tenth_of_the_steps_is_a_line_and_what_was_done_bef
             show(FIGURES | {"loss": str(step)})
     lines = out.getvalue().splitlines()
     assert [line.split()[1].rstrip(",") for line in lines] == [f"{n}/100" for n in (60, 70, 80, 90, 100)]
-    assert lines[0].endswith("loss 60, lr 9.09e-05, grad norm 8.56, memory 795.6 MiB of 674.3 MiB planned")
+    assert lines[0].endswith("loss 60, lr 9.09e-05, grad norm 8.56, memory 795.6 MiB, 674.3 MiB planned")
     assert " left" in lines[0] and " left" not in lines[-1]
+
+
+def test_what_stands_beside_a_head_stays_there() -> None:
+    lines = []
+    for terminal in (True, False):
+        made, out = screen(30, terminal=terminal)
+        made.beside("✓ data    ", "some words that are long\nand a second line", "green")
+        lines.append(out.getvalue().splitlines())
+    assert [line.rstrip() for line in lines[0]] == [
+        "✓ data      some words that", "            are long", "            and a second line",
+    ]  # fmt: skip
+    assert lines[1] == ["✓ data      some words that are long", "            and a second line"]
 
 
 def test_a_passing_bar_leaves_nothing_and_a_bar_inside_of_another_does_not_end_it() -> None:

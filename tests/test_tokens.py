@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qtune.adapters import AdapterSpec, adapt
 from qtune.adapters.files import INFO, TENSORS, adapter_tensors, read_adapter_json
 from qtune.batches import Batch
+from qtune.cli import main
 from qtune.data.words import add_words, split_marks
 from qtune.errors import QtuneError
 from qtune.evaluate import generate
@@ -213,6 +214,16 @@ def test_a_model_learns_to_say_a_new_token(finished: Run) -> None:
     own = rows_of(finished.model)
     assert own is not None and own.tensors().items() <= adapter_tensors(finished.model).items()
     assert all((rows[1] - rows[2]).abs().max() > 0.01 for rows in own.tensors().values()), "both began as the mean"
+
+
+def test_eval_reads_new_tokens_as_training_did(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "eval_loss" in row][-1]
+    capsys.readouterr()
+    assert main(["eval", str(finished.folder), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)["adapter"]
+    assert value["eval_tokens"] == trained["eval_tokens"]
+    assert value["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ LOSS_ON = ("answer", "last", "all")
 AT_ONCE = 1000  # records, and
 CHARACTERS = 500_000  # characters that are encoded at a time
 CHUNK = 1 << 13  # characters of a plain text that are encoded together
-CONTEXT = 64  # characters before such a chunk that are encoded with it
+CONTEXT = 64  # characters before and behind such a chunk that are encoded with it
+NEAR = 1 << 10  # characters from the edge of a prompt in which a line is looked for
 _BREAK = re.compile(r"\n(?=\S)")
 
 Coded = tuple["array[int]", bytes]  # ids; 1 where they are trained
@@ -97,19 +98,27 @@ class Encoder:
         starts = [0]
         while (found := _BREAK.search(text, starts[-1] + CHUNK)) is not None:
             starts.append(found.end())
-        parts = [(max(0, at - CONTEXT), at, end) for at, end in zip(starts, [*starts[1:], len(text)], strict=True)]
+        edges = [*zip(starts, [*starts[1:], len(text)], strict=True)]
         ids: array[int] = array("i")
-        for first in range(0, len(parts), CHARACTERS // CHUNK + 1):
-            some = parts[first : first + CHARACTERS // CHUNK + 1]
-            for (begin, at, end), (codes, encoding) in zip(
-                some, self._encoded([text[b:e] for b, _, e in some]), strict=True
-            ):
-                count = self._clean(text[begin:end], at - begin, codes, encoding) if at > begin else 0
-                if count is None:  # a token goes over the edge of a chunk
+        for first in range(0, len(edges), CHARACTERS // CHUNK + 1):
+            some = edges[first : first + CHARACTERS // CHUNK + 1]
+            for codes in self._within(text, some):
+                if codes is None:  # a token goes over the edge of a chunk
                     return array("i", [*self.ids(text), self.eos])
-                ids.extend(codes[count:])
+                ids.extend(codes)
         ids.append(self.eos)
         return ids
+
+    def _within(self, text: str, parts: Sequence[tuple[int, int]]) -> Iterator[Sequence[int] | None]:
+        """The ids of each text[start:end] as the whole text has them: what stands around it is encoded, too, as an
+        empty line is one token or two by what follows it. None where a token goes over an edge."""
+        around = [(max(0, start - CONTEXT), min(len(text), end + CONTEXT)) for start, end in parts]
+        coded = self._encoded([text[begin:beyond] for begin, beyond in around])
+        for (start, end), (begin, beyond), (ids, encoding) in zip(parts, around, coded, strict=True):
+            some = text[begin:beyond]
+            first = self._clean(some, start - begin, ids, encoding) if start > begin else 0
+            last = self._clean(some, end - begin, ids, encoding) if end < beyond else len(ids)
+            yield None if first is None or last is None else ids[first:last]
 
     def windows(self, ids: array[int], length: int) -> Iterator[Coded]:
         """The ids of a long text in windows of at most `length` tokens, each with the opening tokens."""
@@ -187,29 +196,61 @@ class Encoder:
         count = self._clean(text, end, ids, encoding)
         return shared(self.ids(text[:end]), list(ids)) if count is None else count
 
+    def _prompt(self, prompt: str, text: str, ids: Sequence[int], encoding: Any) -> int | None:
+        """How many of the ids of `text` are those of the prompt that it begins with, if that is certain: spaces and
+        empty lines at a prompt's end are other tokens where nothing follows."""
+        return None if prompt[-2:].isspace() else self._clean(text, len(prompt), ids, encoding)
+
     def _continuations(self, records: Sequence[Record]) -> list[Coded]:
         """Prompt and answer as they stand, then EOS. The prompt's ids are those that generation will be given."""
         texts = [record.prompt + record.answer for record in records]
         coded = self._encoded(texts)
         counts = [
-            self._clean(text, len(record.prompt), ids, encoding) if record.prompt else 0
+            self._prompt(record.prompt, text, ids, encoding) if record.prompt else 0
             for record, text, (ids, encoding) in zip(records, texts, coded, strict=True)
         ]
         # where a token may go over the edge the prompt is encoded alone; where it does, the answer is, too
         unsure = [i for i, count in enumerate(counts) if count is None]
-        prompts = dict(zip(unsure, self._encoded([records[i].prompt for i in unsure]), strict=True)) if unsure else {}
-        split = {i: ids for i, (ids, _) in prompts.items() if coded[i][0][: len(ids)] != ids}
-        answers = dict(zip(split, self._encoded([records[i].answer for i in split]), strict=True)) if split else {}
+        prompts = dict(zip(unsure, self._alone([(records[i], *coded[i]) for i in unsure], 0), strict=True))
+        split = [i for i, ids in prompts.items() if coded[i][0][: len(ids)] != ids]
+        answers = dict(zip(split, self._alone([(records[i], *coded[i]) for i in split], 1), strict=True))
         made = []
         for i, (whole, _) in enumerate(coded):
-            count = counts[i] if i not in prompts else len(prompts[i][0])
-            prompt = split[i] if i in split else whole[:count]
-            answer = array("i", answers[i][0] if i in split else whole[count:])
+            prompt = prompts[i] if i in prompts else whole[: counts[i]]
+            answer = array("i", answers[i] if i in answers else whole[len(prompt) :])
             if answer[-1:] != array("i", [self.eos]):
                 answer.append(self.eos)
             has_bos = prompt[: len(self.opening)] == self.opening
             context = array("i", prompt if has_bos else self.opening + prompt)
             made.append((context + answer, b"\0" * len(context) + b"\1" * len(answer)))
+        return made
+
+    def _alone(self, whole: Sequence[tuple[Record, Sequence[int], Any]], half: int) -> list[list[int]]:
+        """The ids that the prompts (half 0) or the answers (half 1) have by themselves, from those of both together.
+        Between a line near the edge and the far end they are the same, so that only what is left is encoded again."""
+        pieces: list[str] = []
+        kept: list[tuple[int, Sequence[int]] | None] = []  # where the piece and the rest meet, in the piece
+        for record, ids, encoding in whole:
+            text, edge = record.prompt + record.answer, len(record.prompt)
+            at = _line_near(text, edge, half)
+            count = self._clean(text, at, ids, encoding) if at is not None else None
+            if at is None or count is None:
+                pieces.append((text[:edge], text[edge:])[half])
+                kept.append(None)
+                continue
+            begin = max(0, at - CONTEXT)
+            pieces.append(text[edge : at + CONTEXT] if half else text[begin:edge])
+            kept.append((at - (edge if half else begin), ids[count:] if half else ids[:count]))
+        made = []
+        for piece, rest, (ids, encoding), (record, *_) in zip(
+            pieces, kept, self._encoded(pieces) if pieces else (), whole, strict=True
+        ):
+            if rest is None:
+                made.append(ids)
+            elif (count := self._clean(piece, rest[0], ids, encoding)) is None:
+                made.append(self.ids((record.prompt, record.answer)[half]))
+            else:
+                made.append([*ids[:count], *rest[1]] if half else [*rest[1], *ids[count:]])
         return made
 
     def _conversations(self, records: Sequence[Record]) -> list[Coded]:
@@ -237,6 +278,14 @@ class Encoder:
             first = trained.rstrip(b"\0").rfind(b"\0\1") + 1
             trained = b"\0" * first + trained[first:]
         return array("i", ids), trained
+
+
+def _line_near(text: str, edge: int, half: int) -> int | None:
+    """Where the last line begins before text[edge] (half 0), or the first one behind it (half 1), if it is near."""
+    if half:
+        found = _BREAK.search(text, edge + 1, edge + NEAR)
+        return found.end() if found else None
+    return max((found.end() for found in _BREAK.finditer(text, max(0, edge - NEAR), edge)), default=None)
 
 
 def _batched(records: Iterable[tuple[Record, int]]) -> Iterator[list[tuple[Record, int]]]:

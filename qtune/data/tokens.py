@@ -29,7 +29,7 @@ from .sources import Origin
 
 KEPT_BYTES = 1_000_000  # smaller sources are tokenized in no time, and neither kept nor shown in a bar
 LIMIT = 4_000_000_000  # bytes of the cache
-FORM = 1  # of what is kept: raise it when the same records get other tokens, or the file another layout
+FORM = 2  # of what is kept: raise it when the same records get other tokens, or the file another layout
 DIGEST = 16  # bytes
 SHOWN_BYTES = 100_000  # between two moves of the bar
 

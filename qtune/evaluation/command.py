@@ -91,7 +91,7 @@ def evaluate_command(args: argparse.Namespace, screen: Screen, emit: Callable[[A
 
 def _job(args: argparse.Namespace, screen: Screen) -> _Job:
     from ..errors import QtuneError
-    from ..model import load_tokenizer
+    from ..runs import tokenizer_of
     from .asked import longest
     from .generation import Sampling
     from .harness import load_tasks
@@ -109,7 +109,7 @@ def _job(args: argparse.Namespace, screen: Screen) -> _Job:
     if faults:
         raise QtuneError("Q103", "\n".join(faults))
     recipe, is_run, stored = _subject(args)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer, _ = tokenizer_of(recipe)
     job = _Job(recipe, is_run, stored, names, metrics, how, None, None)
     if args.tasks:
         return replace(job, tasks=load_tasks([name for name in args.tasks.split(",") if name]))

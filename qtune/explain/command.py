@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..errors import one_of
+from ..errors import QtuneError
 from .kinds import KINDS, markdown
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def explain(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None
         return
     code = args.code.strip().upper()
     if code not in KINDS:
-        raise one_of("code of an error", args.code, KINDS)
+        every = f"{min(KINDS)} to {max(KINDS)}, as `qtune explain` lists them; keys of a recipe: `qtune keys`"
+        raise QtuneError("Q101", f"unknown code of an error {args.code!r}; legal: {every}")
     kind = KINDS[code]
     screen.line(f"{kind.code}  {kind.title}", "bold cyan")
     screen.line(kind.meaning)

@@ -24,7 +24,7 @@ The file is not there, is a folder, or is no text in UTF-8.
 Q105 A recipe with faults
 The recipe, or the changes after it on the command line, is no YAML, has keys that qtune does not know, values
 of another type or outside of their range, or lacks a key. All faults are listed at once.
-> Go through the list. configs/first.yaml shows every key with its meaning and its legal values.
+> Go through the list. `qtune keys` lists every key with its meaning and its legal values.
 
 Q106 A key that this command needs
 The recipe is legal, but it leaves out what this command works on: an output folder, data to train on, data to evaluate.

@@ -5,6 +5,7 @@ from .host import (
     DISK,
     HOST,
     host_empty,
+    host_memory,
     keep_freed_memory,
     making,
     mark,
@@ -14,6 +15,6 @@ from .host import (
 )
 
 __all__ = [
-    "DEVICE", "DISK", "HOST", "host_empty", "keep_freed_memory", "making", "mark", "on_host", "place_of",
-    "return_freed_memory",
+    "DEVICE", "DISK", "HOST", "host_empty", "host_memory", "keep_freed_memory", "making", "mark", "on_host",
+    "place_of", "return_freed_memory",
 ]  # fmt: skip

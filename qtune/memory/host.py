@@ -59,6 +59,14 @@ def return_freed_memory() -> bool:
     return bool(kept) and bool(mallopt(MMAP_THRESHOLD, OWN_PAGES))
 
 
+def host_memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def host_empty(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, instead: str, place: str = HOST
 ) -> Tensor:

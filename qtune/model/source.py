@@ -139,6 +139,14 @@ def reason_of(error: Exception) -> str:
     return " ".join(text.split())[:300]
 
 
+def no_tokenizer(folder: Path) -> str:
+    """What to do where a folder has none of the files that a tokenizer is read from; empty where it has one."""
+    names = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json", "tokenizer.gguf")
+    if any(True for name in names for _ in folder.glob(name)):
+        return ""
+    return "the folder has none (tokenizer.json, tokenizer.model or vocab.json); copy the model's files of it into it"
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -10,7 +10,6 @@ Left out: what other processes and a display hold, MIG slices, power limits (a T
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import QtuneError, one_of
+from ..memory import host_memory
 from ..memory.cuda import workspace_bytes, workspace_config, workspace_set
 from ..screen import size
 from ..units import parse_size
@@ -259,12 +259,9 @@ def _aliases(device: Device) -> set[str]:
 
 def _cpu() -> Device:
     """This machine's CPU; its speed is not known before it is measured (`roofline.measure_cpu`)."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError) as error:
-        raise QtuneError(
-            "Q601", "device 'cpu': this system does not tell its memory; give a size, such as 32GB"
-        ) from error
+    memory = host_memory()
+    if memory is None:
+        raise QtuneError("Q601", "device 'cpu': this system does not tell its memory; give a size, such as 32GB")
     return Device("cpu", _cpu_name(), "cpu", (0, 0), memory, 0.0, {}, 0.0, 0, 0, HERE, "a CPU has none")
 
 

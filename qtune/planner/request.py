@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import ceil
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from ..batches import Capacity, steps_of
 from ..data import Example, load_sets
 from ..data.words import add_words
-from ..errors import QtuneError, one_of
+from ..errors import QtuneError, all_of, one_of, tried
 from ..model import load_tokenizer
 from ..quant import Scheme, scheme_from
 from ..recipe import Recipe
@@ -41,7 +41,6 @@ SHORTCUTS = {"batch": "train.micro_batch", "seq": "data.max_length", "rank": "ad
 # layers of 576 in bf16) take 135 GiB then; a trace of the chunks of the loss takes longer the more tokens there are
 MOST_TOKENS = 2**22
 LOW = {"batch": 1, "seq": 2, "rank": 1}
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -187,30 +186,26 @@ def with_phases(plan: Plan) -> Plan:
 
 def read_request(args: argparse.Namespace) -> Request:
     """The request that the command's arguments make. Raises one QtuneError with every fault."""
-    faults: list[str | QtuneError] = []
+    faults: list[QtuneError] = []
     notes: list[str] = []
     pairs = [*([args.recipe] if _is_change(args.recipe) else []), *args.overrides]
     source = None if _is_change(args.recipe) else args.recipe
-    recipe = _tried(lambda: _recipe(args, source, pairs, faults), faults)
-    device = _tried(lambda: _device(args.device, recipe, notes), faults)
+    recipe = tried(lambda: _recipe(args, source, pairs, faults), faults)
+    device = tried(lambda: _device(args.device, recipe, notes), faults)
     chosen = notes[:1]
-    limit = _tried(lambda: _limit(args, recipe), faults)
-    room = _tried(lambda: _room(args, recipe, device), faults)
+    limit = tried(lambda: _limit(args, recipe), faults)
+    room = tried(lambda: _room(args, recipe, device), faults)
     if args.stack not in STACKS:
-        faults.append(str(one_of("stack", args.stack, STACKS)))
+        faults.append(one_of("stack", args.stack, STACKS, "Q105"))
     elif args.stack != "qtune" and (args.fit is not None or args.explain or args.measure):
-        faults.append(
-            f"--stack {args.stack} can be planned and swept; --fit, --explain and --measure are of qtune's own"
-        )
-    model = _tried(lambda: find_model(recipe.model), faults) if recipe is not None else None
+        told = f"--stack {args.stack} can be planned and swept; --fit, --explain and --measure are of qtune's own"
+        faults.append(QtuneError("Q105", told))
+    model = tried(lambda: find_model(recipe.model), faults) if recipe is not None else None
     if recipe is not None and model is not None and (args.seq is not None or recipe.data.train is None):
         for shape in shapes_of(recipe):
-            _tried(partial(_check, shape, model), faults)
-    if len(faults) == 1 and isinstance(faults[0], QtuneError):
-        raise faults[0]
+            tried(partial(_check, shape, model), faults)
     if faults or recipe is None or model is None or device is None:
-        told = map(str, faults if len(faults) == 1 else (f"there are {len(faults)} faults:", *faults))
-        raise QtuneError("Q105", "\n  ".join(told))
+        raise all_of(faults, "Q105")
     if limit and limit > device.memory:
         notes.append(f"the budget of {size(limit)} is beyond the {size(device.memory)} of {device.name}")
     lengths = None if args.seq is not None else _lengths(recipe, model, notes)
@@ -219,15 +214,6 @@ def read_request(args: argparse.Namespace) -> Request:
         changes=tuple(_given(args, pairs)), lengths=lengths, notes=tuple(notes), room=room or UNKNOWN,
         first_note=chosen[0] if chosen else "", typed=_typed(args),
     )  # fmt: skip
-
-
-def _tried(make: Callable[[], T], faults: list[str | QtuneError]) -> T | None:
-    try:
-        return make()
-    except QtuneError as error:
-        if str(error):
-            faults.append(error)
-        return None
 
 
 def _check(shape: Shape, model: Model) -> None:
@@ -248,20 +234,20 @@ def _is_change(text: str | None) -> bool:
 # ---- recipe
 
 
-def _recipe(args: argparse.Namespace, source: str | None, pairs: list[str], faults: list[str | QtuneError]) -> Recipe:
+def _recipe(args: argparse.Namespace, source: str | None, pairs: list[str], faults: list[QtuneError]) -> Recipe:
     both = "one of RECIPE and --model is needed: a recipe's file, or a model's name such as llama-3.1-8b"
     if (source is None) == (args.model is None):
         raise QtuneError("Q103", both if source is None else f"{both}; given: {source} and --model {args.model}")
+    if source is not None and (Path(source).suffix == ".gguf" or (Path(source) / "config.json").is_file()):
+        raise QtuneError("Q103", f"{source} is a model, not a recipe; give it as --model {source}")
     for name, low in LOW.items():
         if (value := getattr(args, name)) is not None and value < low:
-            faults.append(f"--{name} is {value}; legal: {low} or more")
+            faults.append(QtuneError("Q105", f"--{name} is {value}; legal: {low} or more"))
     tree: Any = {"model": args.model} if source is None else Path(source)
     recipe = Recipe.load(tree, pairs, training=False)
     if args.batch is not None and recipe.train.micro_tokens is not None and not recipe.train.packing:
-        faults.append(
-            f"--batch is {args.batch} and train.micro_tokens is {recipe.train.micro_tokens}; legal: one of the two "
-            "(train.micro_tokens=null)"
-        )
+        both = f"--batch is {args.batch} and train.micro_tokens is {recipe.train.micro_tokens}"
+        faults.append(QtuneError("Q105", f"{both}; legal: one of the two (train.micro_tokens=null)"))
     late: dict[str, Any] = {}
     if args.scheme is not None:
         late["scheme"] = scheme_tree(recipe, args.scheme)

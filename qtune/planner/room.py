@@ -5,10 +5,10 @@ Of a card that is only named nothing is known: what a plan needs there is told, 
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 
+from ..memory import host_memory
 from ..memory.files import existing
 from ..recipe import Recipe
 from ..runs import folder_of
@@ -46,11 +46,4 @@ def room_of(recipe: Recipe, device: Device) -> Room:
     if not device.source.startswith(HERE):
         return UNKNOWN
     folder = existing(folder_of(recipe))
-    return Room(_memory() if device.kind == "cuda" else None, shutil.disk_usage(folder).free, str(folder))
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
+    return Room(host_memory() if device.kind == "cuda" else None, shutil.disk_usage(folder).free, str(folder))

@@ -22,6 +22,7 @@ from .read import Reading
 from .trackers import flat
 
 MOST = 8  # runs: as many as there are colours that can be told apart
+ABSENT = "-"  # a key that a recipe does not have
 APART = ("output",)  # keys of a recipe in which runs always differ
 
 
@@ -86,8 +87,11 @@ def differences(runs: Sequence[Reading]) -> dict[str, list[str]]:
     """Dotted key -> values in words, of the keys whose values are not the same in all recipes."""
     trees = [flat(run.recipe) for run in runs]
     keys = list(dict.fromkeys(key for tree in trees for key in tree))
-    found = {key: [facts.plain(tree[key]) if key in tree else "-" for tree in trees] for key in keys}
-    return {key: cells for key, cells in found.items() if len(set(cells)) > 1 and key not in APART}
+    found = {key: [tree.get(key, ABSENT) for tree in trees] for key in keys if key not in APART}
+    apart = {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+    return {
+        key: [value if value is ABSENT else facts.plain(value) for value in values] for key, values in apart.items()
+    }
 
 
 def _cell(number: facts.Number | None) -> str:

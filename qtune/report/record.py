@@ -159,15 +159,17 @@ class Recorder:
         planned = plan.get("reserved" if self.device.type == "cuda" else "process")
         if not self.held:
             return ""
-        return f"{size(self.held)} of {size(planned)} planned" if planned else size(self.held)
+        return f"{size(self.held)}, {size(planned)} planned" if planned else size(self.held)
 
     def _moved(self) -> float:
-        """The largest change of a weight of the probed layer since the row before."""
+        """The largest change of a weight of the probed layer since the row before. A tensor that a method resized is
+        a new one: all of it counts."""
         most = 0.0
         for index, parameter in enumerate(self.probe):
-            now = parameter.detach()
-            most = max(most, float((now - self.before[index]).abs().max()))
-            self.before[index].copy_(now)
+            now, before = parameter.detach(), self.before[index]
+            change = now - before if now.shape == before.shape else now
+            most = max(most, float(change.abs().max()) if change.numel() else 0.0)
+            self.before[index] = now.clone()
         return most
 
     def _write(self) -> None:
