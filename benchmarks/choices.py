@@ -4,7 +4,8 @@ choosing-a-scheme.md and memory.md.
     python benchmarks/choices.py        writes benchmarks/results/choices.jsonl and plan-explain.json (some minutes; no
                                         weights, no GPU)
 Llama 3.1 8B, one example of 2,048 tokens, an RTX 4090, everything else at its default; methods on nf4, schemes under
-LoRA. Sizes follow from tensors that are counted; seconds are estimates of the planner. Nothing is measured on a card.
+LoRA; a method that refuses nf4 is on int4. Sizes follow from tensors that are counted; seconds are estimates of the
+planner. Nothing is measured on a card.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from typing import Any
 
+from family import scheme_for
 from plan import COMMAND
 from results import FOLDER, machine, write
 
@@ -31,7 +33,7 @@ SHAPE = {"train.micro_batch": 1, "data.max_length": 2048}
 
 def main() -> None:
     where = {"command": "python benchmarks/choices.py", "device": "plan", **machine()}
-    cases = [("method", name, {"adapter": name}) for name in sorted(METHODS)]
+    cases = [("method", name, {"adapter": name, "scheme": scheme_for(name)}) for name in sorted(METHODS)]
     cases += [("scheme", name, {"scheme": name}) for name in sorted(SCHEMES)]
     rows = []
     for kind, name, change in cases:

@@ -143,15 +143,15 @@ def _first(name: str) -> tuple[str, int, dict[str, Any], str, tuple[float, ...]]
     return method, RANK, options, "nearest", rates
 
 
-class Book:
-    """The rows that are there."""
+class Rows:
+    """The rows of a results file."""
 
-    def __init__(self, full: bool, same_code: bool) -> None:
-        self.full, self.same_code, self.code = full, same_code, code_version()
+    def __init__(self, path: Path, command: str, same_code: bool) -> None:
+        self.path, self.command, self.same_code, self.code = path, command, same_code, code_version()
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """The newest row of these settings."""
-        rows = latest(read_rows(RESULTS)) if RESULTS.exists() else []
+        rows = latest(read_rows(self.path)) if self.path.exists() else []
         good = [row for row in rows if not self.same_code or row["code"] == self.code]
         return next((row for row in good if row["settings"] == key), None)
 
@@ -159,13 +159,20 @@ class Book:
         """One line in one write, so that processes may write at the same time."""
         import torch
 
-        command = "python benchmarks/quality.py" + " --full" * self.full
-        where = {"command": command, "device": "cpu", "threads": torch.get_num_threads(), **machine()}
+        where = {"command": self.command, "device": "cpu", "threads": torch.get_num_threads(), **machine()}
         line = json.dumps({"settings": key, **found, "code": self.code, **where}) + "\n"
-        RESULTS.parent.mkdir(exist_ok=True)
-        file = os.open(RESULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self.path.parent.mkdir(exist_ok=True)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.write(file, line.encode())
         os.close(file)
+
+
+class Book(Rows):
+    """The rows that are there, and what is to be done."""
+
+    def __init__(self, full: bool, same_code: bool) -> None:
+        super().__init__(RESULTS, "python benchmarks/quality.py" + " --full" * full, same_code)
+        self.full = full
 
     def start_key(self, cell: Cell) -> dict[str, Any]:
         return cell.key("start", self.full)
@@ -250,21 +257,25 @@ def main() -> None:
         return print("\n".join(f"{'there  ' if book.done(cell) else 'missing'} {cell.label}" for cell in wanted))
     prepare(options.folder)
     words = ["--folder", str(options.folder), *["--full"] * options.full, *["--same-code"] * options.same_code]
-    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    each_apart(__file__, [cell.label for cell in wanted if not book.done(cell)], words, options.jobs)
+    print(f"rows are in {RESULTS}; the README's tables: python benchmarks/results.py")
 
-    def work(cell: Cell) -> str:
-        if book.done(cell):
-            return ""
-        print(f"{cell.label} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, __file__, "--cell", cell.label, *words]
+
+def each_apart(script: str, labels: list[str], words: list[str], jobs: int) -> None:
+    """Run `script --cell LABEL` for each cell in a process of its own, `jobs` at a time. Exits with those that
+    failed."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+
+    def work(label: str) -> str:
+        print(f"{label} ...", file=sys.stderr, flush=True)
+        command = [sys.executable, script, "--cell", label, *words]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}, check=False)
-        return cell.label if done.returncode else ""
+        return label if done.returncode else ""
 
-    with ThreadPoolExecutor(options.jobs) as pool:
-        failed = [label for label in pool.map(work, wanted) if label]
+    with ThreadPoolExecutor(jobs) as pool:
+        failed = [label for label in pool.map(work, labels) if label]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
-    print(f"rows are in {RESULTS}; the README's tables: python benchmarks/results.py")
 
 
 if __name__ == "__main__":

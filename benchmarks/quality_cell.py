@@ -164,15 +164,23 @@ def perplexity(language: Any, bench: Bench) -> float | None:
     return math.exp(loss) if loss < 100 else None
 
 
+def training(language: Any, rate: float) -> Any:
+    """A step over everything that the model trains."""
+    from qtune.optim import optimizer_of
+    from qtune.sections import TrainKeys
+    from qtune.step import TrainStep
+
+    return TrainStep(language, optimizer_of(language.model, TrainKeys(lr=rate)), clip=1.0)
+
+
 def train(language: Any, bench: Bench, kind: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
     """Train; the losses, the median step and, at the end, what the model knows."""
     from qtune.batches import Capacity
     from qtune.evaluate import evaluate
-    from qtune.optim import Optimizer, lr_factor
-    from qtune.step import NonFinite, TrainStep
+    from qtune.optim import lr_factor
+    from qtune.step import NonFinite
 
-    named = [(name, p) for name, p in language.model.named_parameters() if p.requires_grad]
-    step, losses, seconds = TrainStep(language, Optimizer(named, lr=rate), clip=1.0), [], []
+    step, losses, seconds = training(language, rate), [], []
     language.model.train()
     with PeakMemory() as memory:
         for number, batch in zip(range(steps), bench.batches(kind, seed), strict=False):
@@ -180,12 +188,12 @@ def train(language: Any, bench: Bench, kind: str, rate: float, seed: int, steps:
             try:
                 losses.append(step([batch], number + 1, steps, lr_factor(number, steps, "cosine", 0.1)).loss)
             except NonFinite:
-                return {"perplexity": None, "diverged": number + 1}
+                return {"losses": losses, "perplexity": None, "diverged": number + 1}
             seconds.append(time.perf_counter() - begun)
     found = {"losses": [round(loss, 4) for loss in losses], "step_seconds": statistics.median(seconds)}
     found["peak_bytes"] = memory.peak
-    if kind == "cost":
-        return {key: found[key] for key in ("step_seconds", "peak_bytes")}
+    if kind in ("cost", "rate"):
+        return {key: found[key] for key in ("step_seconds", "peak_bytes", *["losses"] * (kind == "rate"))}
     if kind == "task":
         result = evaluate(language, bench.task[1], capacity=Capacity(TASK_BATCH))
         return found | {"accuracy": result.accuracy, "chance": result.chance, "examples": result.examples}
@@ -219,18 +227,18 @@ def run_cell(cell: Cell, folder: Path, book: Book) -> None:
         if cell.group == "nuclear":
             row["nuclear"] = nuclear(model, bench)
         del bench.weights
-    first = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    first = Start(model)
     language = LanguageModel(model)
     language.choose_attention(WINDOW)
     if new:
-        values = sum(p.numel() for p in first.values())
+        values = sum(p.numel() for p in model.parameters() if p.requires_grad)
         book.add(key, row | {"trained": values, "perplexity": perplexity(language, bench)})
     gc.collect()
     give_back()  # what the start freed is not the steps' memory
     clean = True
     while runs := book.runs(cell):
         for kind, rate, seed in runs:
-            again(model, spec, first, seed)
+            first.again(spec, seed)
             steps = COST_STEPS if kind == "cost" else FULL_STEPS if book.full else STEPS
             found = train(language, bench, kind, rate, seed, steps)
             peak = found.pop("peak_bytes", None)
@@ -240,17 +248,29 @@ def run_cell(cell: Cell, folder: Path, book: Book) -> None:
             book.add(book.run_key(cell, kind, rate, seed), found)
 
 
-def again(model: Any, spec: Any, first: dict[str, Any], seed: int) -> None:
-    """Back to the start: the values that it made, or those that a seed draws."""
-    import torch
+class Start:
+    """What the adapters of a model are before any training."""
 
-    from qtune.adapters import adapted_sites
-    from qtune.adapters.sites import begin
+    def __init__(self, model: Any) -> None:
+        from qtune.adapters import adapted_sites
+        from qtune.adapters.files import adapter_tensors
 
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name in first:
-                p.copy_(first[name])
-    if not spec.needs():
-        for name, site in adapted_sites(model).items():
-            begin(name, site, spec, None, seed)
+        self.model, self.sites = model, adapted_sites(model)
+        self.sizes = {name: site.adapter.sizes() for name, site in self.sites.items()}
+        self.values = {name: tensor.detach().clone() for name, tensor in adapter_tensors(model).items()}
+
+    def again(self, spec: Any, seed: int) -> None:
+        """Back to it: the values that the start made, or those that a seed draws."""
+        import torch
+
+        from qtune.adapters.files import adapter_tensors
+        from qtune.adapters.sites import begin
+
+        for name, site in self.sites.items():
+            site.adapter.resize(self.sizes[name])
+        with torch.no_grad():
+            for name, tensor in adapter_tensors(self.model).items():
+                tensor.copy_(self.values[name])
+        if not spec.needs():
+            for name, site in self.sites.items():
+                begin(name, site, spec, None, seed)

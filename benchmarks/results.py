@@ -329,6 +329,61 @@ def _ordered(runs: dict[str, list[Any]]) -> str:
     return text
 
 
+def family_points(rows: list[dict[str, Any]], scheme: str) -> list[dict[str, Any]]:
+    """What was measured of each method on a scheme, a value a method. drawn: has it what a picture needs?"""
+    by: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in latest(rows):
+        given = row["settings"]
+        if given["scheme"] == scheme:
+            by.setdefault(given["method"], {}).setdefault(given["kind"], []).append(row)
+    points = []
+    for method, found in by.items():
+        start, plan, cost = ((found.get(kind) or [{}])[-1] for kind in ("start", "plan", "cost"))
+        point: dict[str, Any] = {"method": method, **start, **plan, "times": cost.get("times_lora")}
+        point |= {"rate": None, "runs": [], "ranks": []}
+        if runs := found.get("run"):
+            point["rate"] = rate = runs[-1]["settings"]["lr"]
+            runs = [run for run in runs if run["settings"]["lr"] == rate]
+            point["runs"] = [run["perplexity"] for run in runs]
+            point["ranks"] = [run["ranks"] for run in runs if run.get("ranks")]
+        whole = [value for value in point["runs"] if value is not None]
+        point["perplexity"] = sum(whole) / len(whole) if whole and len(whole) == len(point["runs"]) else None
+        tasks = [row["accuracy"] for row in found.get("task", ()) if "accuracy" in row]
+        point["accuracy"] = sum(tasks) / len(tasks) if tasks else None
+        point["drawn"] = point["perplexity"] is not None and "measured" in point
+        points.append(point)
+    return points
+
+
+def family_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A table for each scheme, best perplexity first; the picture, if it was drawn."""
+    lines: list[str] = []
+    for scheme in dict.fromkeys(row["settings"]["scheme"] for row in rows):
+        points = [point for point in family_points(rows, scheme) if point["runs"]]
+        task = any(point["accuracy"] is not None for point in points)
+        heads = ["method", "options", "trained", "of LoRA's", "rank: effective, stable, numerical"]
+        heads += ["MiB planned, measured", "step, times LoRA's", "perplexity (least to most)", "learning rate"]
+        heads += ["accuracy"] * task
+        lines += [f"On `{scheme}`:", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"] if points else []
+        for point in sorted(points, key=lambda p: p["perplexity"] or math.inf):
+            lines.append(f"| {' | '.join(_family_cells(point, task))} |")
+        lines += [""] if points else []
+    if (README.parent / "docs" / "methods.svg").exists():
+        lines.append("![Perplexity against bytes](methods.svg)")
+    return lines[: -1 if lines and not lines[-1] else None]
+
+
+def _family_cells(point: dict[str, Any], task: bool) -> list[str]:
+    options = ", ".join(f"{name} {value}" for name, value in point.get("options", {}).items()) or "as it comes"
+    names = ("effective", "stable", "numerical")
+    means = [sum(one[name] for one in point["ranks"]) / len(point["ranks"]) for name in names if point["ranks"]]
+    bytes_ = [f"{point[key] / 2**20:,.1f}" for key in ("planned", "measured") if key in point]
+    cells = [f"`{point['method']}`", options, f"{point.get('trained', 0):,}", f"{point.get('of_lora', 0):.2f}"]
+    cells += [", ".join(f"{mean:.1f}" for mean in means), ", ".join(bytes_)]
+    cells += [f"{point['times']:.2f}" if point["times"] else "", _spread(point["runs"]), f"{point['rate']:g}"]
+    return cells + [f"{point['accuracy']:.1%}" if point["accuracy"] is not None else ""] * task
+
+
 def seven_b_table(rows: list[dict[str, Any]]) -> list[str]:
     """One step of a 7B: memory planned and measured, time beside the products' limit."""
     table = [
@@ -424,6 +479,7 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "choices-methods": choices_methods_table,
     "choices-schemes": choices_schemes_table,
     "packing": packing_table,
+    "family": family_table,
     "quality": quality_table,
     "quality-cost": quality_cost_table,
     "quality-starts": quality_starts_table,

@@ -1,0 +1,250 @@
+"""Every adapter method at the same number of trained values: rank of what was learned, memory, time, perplexity.
+
+    python benchmarks/family.py [--only WORDS] [--full] [--jobs 2] [--smoke]   adds to benchmarks/results/family.jsonl
+SmolLM2-135M, nf4, every linear layer; a method that refuses nf4 is on the first scheme that it takes, beside LoRA. A
+method's option of size (`rank`, else the first whole number that changes the count) is chosen so that the trained
+values come nearest to those of LoRA of rank 16; one that comes no nearer than a quarter is sparing by nature, and runs
+at its defaults. The learning rate climbs half decades while the mean loss of the last steps of a pilot falls. Then 40
+steps of 2 x 256 tokens of Wikipedia for each of 2 seeds, and held-out perplexity. `--full`: every scheme, 5 seeds, the
+demo's task; `--smoke`: 2 steps, one seed, one rate, into a file that is not kept. A row for each finished run.
+Ranks: `family_cell.ranks`. Bytes: the most alive at once in a step, planned, and by the allocator's events of a real
+one (`qtune plan --measure`). Time: the median step by that of LoRA, which takes turns with it in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quality import BATCH, LENGTH, Rows, each_apart, prepare
+from results import FOLDER, family_points, read_rows
+
+RESULTS = FOLDER / "family.jsonl"
+PICTURE = FOLDER.parent.parent / "docs" / "methods.svg"
+RANK, REFERENCE = 16, "lora"
+RATES = tuple(float(f"{mantissa}e{power}") for power in range(-5, 0) for mantissa in (1, 3))
+FIRST_RATE, JUDGED = 1e-3, 8  # where the climb begins, and the last steps of a pilot that count
+NEAR, MOST = 1.25, 8  # times LoRA's trained values; times an option's default that is tried
+STEPS, PILOT, SEEDS, FULL_SEEDS, TURNS = 40, 20, (0, 1), (0, 1, 2, 3, 4), 6
+SCHEME, OTHERS = "nf4", ("int4", "int3", "int8", "dense")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one scheme."""
+
+    scheme: str
+    method: str
+
+    @property
+    def label(self) -> str:
+        """What --only looks in."""
+        return f"{self.scheme}/{self.method}"
+
+
+class Book(Rows):
+    """The rows that are there, and what is to be done."""
+
+    def __init__(self, full: bool = False, same_code: bool = False, smoke: Path | None = None) -> None:
+        super().__init__(smoke or RESULTS, "python benchmarks/family.py" + " --full" * full, same_code)
+        self.full, self.smoke = full, smoke is not None
+        self.steps = 2 if smoke else STEPS
+        self.seeds = (0,) if smoke else FULL_SEEDS if full else SEEDS
+
+    def key(self, cell: Cell, kind: str, rate: float | None = None, seed: int | None = None) -> dict[str, Any]:
+        """The settings that tell a row apart."""
+        steps = {"steps": PILOT if kind == "rate" else self.steps, "batch": [BATCH, LENGTH], "lr": rate, "seed": seed}
+        return {"kind": kind, **asdict(cell), "rank": RANK, **(steps if rate is not None else {})}
+
+    def next(self, cell: Cell) -> tuple[str, float | None, int | None] | None:
+        """What to do now: (kind, learning rate, seed), or nothing more. start first: it tells what is refused."""
+        start = self.find(self.key(cell, "start"))
+        if start is None:
+            return "start", None, None
+        if "refused" in start:
+            return None
+        if self.find(self.key(cell, "plan")) is None:
+            return "plan", None, None
+        rate = self.unknown_rate(cell)
+        if rate is not None:
+            return "rate", rate, 0
+        best = self.chosen(cell)
+        kinds = ("run", "task") if self.full and not self.smoke else ("run",)
+        runs = [(kind, best, seed) for kind in kinds for seed in self.seeds] + [("cost", best, 0)]
+        return next((run for run in runs if self.find(self.key(cell, *run)) is None), None)
+
+    def tried(self, cell: Cell) -> dict[float, float]:
+        """Learning rate -> mean of the last losses of its pilot; infinite where it diverged."""
+        rows = {rate: self.find(self.key(cell, "rate", rate, 0)) for rate in RATES}
+        return {
+            rate: math.inf if "diverged" in row else sum(row["losses"][-JUDGED:]) / len(row["losses"][-JUDGED:])
+            for rate, row in rows.items()
+            if row
+        }
+
+    def unknown_rate(self, cell: Cell) -> float | None:
+        """The learning rate to try now; None: the best has worse ones on both sides."""
+        tried = self.tried(cell)
+        if self.smoke:
+            return None
+        if not tried:
+            return FIRST_RATE
+        place = RATES.index(min(tried, key=lambda rate: (tried[rate], rate)))
+        beside = (RATES[i] for i in (place + 1, place - 1) if 0 <= i < len(RATES))
+        return next((rate for rate in beside if rate not in tried), None)
+
+    def chosen(self, cell: Cell) -> float:
+        """The learning rate of the runs."""
+        tried = self.tried(cell)
+        return FIRST_RATE if self.smoke else min(tried, key=lambda rate: (tried[rate], rate))
+
+
+def cells(full: bool) -> list[Cell]:
+    """Every method on every scheme that is asked for, LoRA first: the others are measured beside it."""
+    from qtune.adapters import METHODS
+    from qtune.quant import SCHEMES
+
+    methods = [REFERENCE, *sorted(METHODS.keys() - {REFERENCE})]
+    schemes = [SCHEME, *sorted(SCHEMES.keys() - {SCHEME})] if full else [SCHEME]
+    found = [Cell(scheme, method) for scheme in schemes for method in methods if takes(scheme, method)]
+    for method in methods if not full else ():
+        other = scheme_for(method)
+        found += [Cell(other, one) for one in (REFERENCE, method) if Cell(other, one) not in found]
+    return found
+
+
+def takes(scheme: str, method: str) -> bool:
+    """Is the method, at its defaults, for this scheme?"""
+    from qtune.adapters import METHODS, AdapterSpec
+    from qtune.quant import SCHEMES
+
+    return not METHODS[method].refuses(SCHEMES[scheme](), AdapterSpec(method).resolved())
+
+
+def scheme_for(method: str) -> str:
+    """The main scheme, or the first other one that the method takes."""
+    return next(scheme for scheme in (SCHEME, *OTHERS) if takes(scheme, method))
+
+
+def nearest(default: int, counts: Mapping[int, int | None], target: int) -> list[int]:
+    """Values of an option to count next: powers of two up to `MOST` times the default, then ever nearer to the best."""
+    top = MOST * default
+    ladder = [value for value in (1 << i for i in range(top.bit_length())) if value <= top]
+    if missing := [value for value in ladder if value not in counts]:
+        return missing
+    known = [value for value, count in counts.items() if count is not None]
+    if not known:
+        return []
+    best = min(known, key=lambda value: (distance(counts[value] or 0, target), value))
+    found = []
+    for side in (-1, 1):
+        others = [value for value in counts if (value - best) * side > 0]
+        middle = (best + min(others, key=lambda value: abs(value - best))) // 2 if others else best
+        found += [middle] if middle not in counts else []
+    return found
+
+
+def distance(count: int, target: int) -> float:
+    """How many times one of two numbers of trained values is the other, as a logarithm."""
+    return abs(math.log(count / target)) if count else math.inf
+
+
+# ---- the picture
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity against measured bytes of every method on the main scheme."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    points = [(p["measured"] / 2**20, p["perplexity"], p["method"]) for p in family_points(rows, SCHEME) if p["drawn"]]
+    if not points:
+        return
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "family", "font.size": 9}):
+        figure = Figure(figsize=(9, 5.5), layout="constrained")
+        canvas = FigureCanvasSVG(figure)
+        axes = figure.add_subplot(facecolor="none")
+        grey = "#808080"  # legible on light and on dark
+        axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], s=22, color="#3f7fbf", zorder=3)
+        axes.set_xlabel(f"most bytes alive in a step, MiB, measured ({SCHEME})", color=grey)
+        axes.set_ylabel("held-out perplexity after fine-tuning", color=grey)
+        axes.tick_params(colors=grey)
+        axes.grid(color=grey, alpha=0.25)
+        axes.margins(0.08)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        figure.draw_without_rendering()
+        taken: list[Any] = []
+        for x, y, name in sorted(points):
+            taken.append(_label(axes, canvas, (x, y), name, taken))
+        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    print(f"wrote {path}")
+
+
+def _label(axes: Any, canvas: Any, at: tuple[float, float], name: str, taken: list[Any]) -> Any:
+    """Write a method's name at the nearest of some places beside its point where no other stands; the place's box."""
+    colour = "#c0504d" if name == REFERENCE else "#808080"
+    text = axes.annotate(name, at, xytext=(5, 3), textcoords="offset points", color=colour, fontsize=8)
+    for far in range(4, 60, 6):
+        for dx, dy, side in ((1, 0.5, "left"), (-1, 0.5, "right"), (1, -1.5, "left"), (-1, -1.5, "right")):
+            text.set_position((far * dx, far * dy))
+            text.set_horizontalalignment(side)
+            box = text.get_window_extent(canvas.get_renderer() if hasattr(canvas, "get_renderer") else None)
+            if not any(box.overlaps(other) for other in taken):
+                return box
+    return text.get_window_extent()
+
+
+# ---- all cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", metavar="WORDS", help="cells whose SCHEME/METHOD is among these words")
+    parser.add_argument("--full", action="store_true", help=f"every scheme, {len(FULL_SEEDS)} seeds, the task too")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time, which share the cores")
+    parser.add_argument("--same-code", action="store_true", help="measure again what other code measured")
+    parser.add_argument("--smoke", action="store_true", help="2 steps of each, into a file that is not kept")
+    parser.add_argument("--list", action="store_true", help="print the cells and what each does next")
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where model and data lie (default: demo)")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.smoke and options.rows is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return run(options, Path(folder) / RESULTS.name)
+    run(options, options.rows)
+
+
+def run(options: argparse.Namespace, rows: Path | None) -> None:
+    """What was asked for. rows: the file of a smoke run."""
+    book, words = Book(options.full, options.same_code, rows), options.only.replace(",", " ").split()
+    everything = cells(options.full)
+    if options.cell:
+        from family_cell import run_cell
+
+        return run_cell(next(cell for cell in everything if cell.label == options.cell), options.folder, book)
+    wanted = [cell for cell in everything if not words or cell.label in words or cell.method in words]
+    if options.list:
+        return print("\n".join(f"{cell.label:20} {(book.next(cell) or ['done'])[0]}" for cell in wanted))
+    prepare(options.folder)
+    given = ["--folder", str(options.folder), *["--full"] * options.full, *["--same-code"] * options.same_code]
+    given += ["--smoke", "--rows", str(rows)] if rows else []
+    try:
+        each_apart(__file__, [cell.label for cell in wanted if book.next(cell)], given, options.jobs)
+    finally:
+        if rows:
+            print(rows.read_text("utf-8") if rows.exists() else "no rows")
+        elif RESULTS.exists():
+            picture(read_rows(RESULTS), PICTURE)
+            print(f"rows are in {RESULTS}; the table: python benchmarks/results.py")
+
+
+if __name__ == "__main__":
+    main()
