@@ -13,10 +13,11 @@ JOBS ?= 2
 VENV := .venv
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
+TESTS_READY := $(VENV)/.tests-ready
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench bench-quality bench-7b bench-7b-stock docs docs-tables clean setup FORCE
+.PHONY: help demo test test-slow check bench bench-quality bench-family bench-7b bench-7b-stock docs docs-tables clean setup FORCE
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -28,21 +29,23 @@ demo: setup ## fine-tune a small model on an NF4 base, merge and verify it (minu
 test: setup ## run the tests that are not marked slow
 	@$(PY) -m pytest -q -m "not slow" -n $(JOBS) --dist worksteal $(ARGS)
 
-test-slow: setup ## run the tests marked slow, those of the extras eval and docs too (they are installed first)
-	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,gguf,eval,docs]'
+test-slow: $(TESTS_READY) ## run the tests marked slow, those of the extras eval and docs too (they are installed first)
 	@$(PY) -m pytest -q -m slow -n $(JOBS) --dist worksteal $(ARGS)
 
 check: setup ## lint (ruff) and type-check (mypy)
 	@$(PY) -m ruff check .; linted=$$?; $(PY) -m mypy && exit $$linted
 
 # what takes hours is a target of its own
-SLOW_BENCH := benchmarks/quality.py benchmarks/recipes.py benchmarks/seven_b.py
+SLOW_BENCH := benchmarks/quality.py benchmarks/recipes.py benchmarks/seven_b.py benchmarks/family.py
 
 bench: setup ## run every benchmarks/*.py that takes minutes
 	@set -e; for script in $(filter-out $(SLOW_BENCH),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(PY) "$$script"; done
 
 bench-quality: setup ## measure the starts and the recipes of configs/methods/ (hours; goes on where it stopped)
 	@set -e; for script in benchmarks/quality.py benchmarks/recipes.py; do echo "== $$script"; $(PY) "$$script"; done
+
+bench-family: setup ## measure every method at the same number of trained values (hours; goes on where it stopped)
+	@$(PY) benchmarks/family.py $(ARGS)
 
 bench-7b: setup ## train a 7B shape for two steps, weights resident and streamed: memory and time (20 minutes, 8 GB of disk)
 	@$(PY) benchmarks/seven_b.py $(ARGS)
@@ -96,3 +99,8 @@ $(DOCS_READY): pyproject.toml | $(READY)
 	@echo "installing what the documentation is built with"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	@touch $(DOCS_READY)
+
+$(TESTS_READY): pyproject.toml | $(READY)
+	@echo "installing what the slow tests need"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,gguf,eval,docs]'
+	@touch $(TESTS_READY)

@@ -19,7 +19,7 @@ from typing import Any
 
 from qtune.cli import build_parser
 from qtune.keys import legal
-from qtune.listing import methods, schemes
+from qtune.listing import facts, methods, paragraphs, schemes
 from qtune.recipe import SECTIONS, KeyRow, Recipe
 from qtune.sections import Source
 
@@ -161,38 +161,42 @@ def method_pages() -> str:
     rows = _listed(methods)
     parts = [
         "# Methods",
-        "What can be trained on a frozen base, read from the code as `qtune methods` reads it. Each works on every "
-        "scheme unless it says what it refuses, can be planned, saved, merged and verified. "
-        "[Choosing a method](../choosing-a-method.md) says which to take.",
+        "What can be trained on a frozen base, read from the docstrings as `qtune methods` reads them. Each works on "
+        "every scheme unless it says what it refuses, can be planned, saved, merged and verified. "
+        "[Choosing a method](../choosing-a-method.md) says which to take, [Methods compared](../methods.md) what each "
+        "learned, took and cost at the same number of trained values.",
         _method_table(rows),
     ]
     for row in rows:
-        facts = {
-            "starts": _cell(row["starts"]),
-            "goes to": ", ".join(f"`{target}`" for target in row["targets"]),
-            "leaves as": "merged weights" * row["merges"] + ", PEFT adapter" * row["peft"],
-            "refuses": "; ".join(f"`{scheme}`: {_cell(why)}" for scheme, why in row["refuses"].items()),
-            "source": _cell(row["source"]),
-            "recipe": f"[configs/methods/{row['method']}.yaml](../recipes.md#{_slug('methods-' + row['method'])})",
-        }
-        if not (ROOT / "configs" / "methods" / f"{row['method']}.yaml").is_file():
-            del facts["recipe"]
-        lines = [f"| {name} | {text} |" for name, text in facts.items() if text]
+        found = {name: _cell(text) for name, text in facts(row).items()}
+        if (ROOT / "configs" / "methods" / f"{row['method']}.yaml").is_file():
+            found["recipe"] = (
+                f"[configs/methods/{row['method']}.yaml](../recipes.md#{_slug('methods-' + row['method'])})"
+            )
+        lines = [f"| {name} | {text} |" for name, text in found.items()]
         table = "\n".join(["| | |", "| --- | --- |", *lines])
         options = "\n".join(f"  {name}: {_yaml(value)}" for name, value in row["options"].items())
         parts += [
-            f"## {row['method']}", _cell(row["equation"]) + ".", _wrapped("facts", table),
+            f"## {row['method']}", _cell(row["equation"]) + ".", _docstring(row["about"]), _wrapped("facts", table),
             "With every option at its default:", f"```yaml\nadapter:\n  method: {row['method']}\n{options}\n```",
         ]  # fmt: skip
     return _joined(parts)
 
 
 def _method_table(rows: list[dict[str, Any]]) -> str:
-    table = ["| method | starts | leaves as a PEFT adapter |", "| --- | --- | --- |"]
+    table = ["| method | equation | needs | schemes | as PEFT's |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
-        name = row["method"]
-        table.append(f"| [`{name}`](#{_slug(name)}) | {_cell(row['starts'])} | {'yes' if row['peft'] else 'no'} |")
-    return "\n".join(table)
+        name, refused = row["method"], ", ".join(f"`{scheme}`" for scheme in row["refuses"])
+        cells = [f"[`{name}`](#{_slug(name)})", _cell(row["equation"]), _cell(", ".join(row["needs"]))]
+        cells += [f"not {refused}" if refused else "all", f"`{row['peft']}`" if row["peft"] else ""]
+        table.append(f"| {' | '.join(cells)} |")
+    return _wrapped("rows", "\n".join(table))
+
+
+def _docstring(text: str) -> str:
+    """A docstring's paragraphs and lists as Markdown."""
+    parts = [(_cell(head), "\n".join(f"- {_cell(item)}" for item in items)) for head, items in paragraphs(text)]
+    return "\n\n".join(part for both in parts for part in both if part)
 
 
 def scheme_pages() -> str:

@@ -17,6 +17,7 @@ def model_card(run: Run, dtype: str, keep_base: str, verified: Sequence[str]) ->
     bases = {
         "trained": "the base as it was trained on (dequantized)",
         "original": "the original weights before quantization",
+        "packed": "the packed base, whose scheme it keeps",
     }
     given = [recipe.model, *(source.file for source in entries(recipe.data.train or "unknown"))]
     model, *data = [Path(name).name if Path(name).is_absolute() else name for name in given]

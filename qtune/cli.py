@@ -53,10 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("merge", "Write base + adapter as a plain transformers checkpoint and verify it.")
     sub.add_argument("run", metavar="RUN", help="folder of a run")
     sub.add_argument("--out", metavar="DIR", help="folder to write; default: RUN/merged")
-    sub.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+    sub.add_argument("--dtype", help="bfloat16 (default), float16 or float32")
+    sub.add_argument(
+        "--keep-scheme", action="store_true", help="write a packed checkpoint, as large as the packed base, for qtune: "
+        "of methods that merge into packed parts (qalora)",
+    )  # fmt: skip
     sub.add_argument(
         "--keep-base",
-        default="trained",
         help="trained: the dequantized base (default); original: the weights before quantization",
     )
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint that lies in DIR")
@@ -107,7 +110,10 @@ def _model_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> N
     )
     sub.add_argument("--out", metavar="DIR", required=True, help="folder to write")
 
-    command("methods", "List the adapter methods.")
+    sub = command("keys", "List the keys of a recipe: what each means, its default, what is legal.")
+    sub.add_argument("word", nargs="?", metavar="WORD", help="only keys that hold it, such as train or max_length")
+    sub = command("methods", "List the adapter methods, or say all about one.")
+    sub.add_argument("method", nargs="?", metavar="NAME", help="a method, to be told of in full")
     command("schemes", "List the storage schemes.")
     explain_options(command("explain", "Say what the code of an error means, and what to do."))
     sub = command("doctor", "What this machine can do, which kernel serves which op, and how fast it is here.")
@@ -122,6 +128,9 @@ def _model_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> N
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of a command; unlike in argparse, KEY=VALUE pairs may stand anywhere among the options."""
     parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
     args, rest = parser.parse_known_args(argv)
     late = [text for text in rest if "=" in text and not text.startswith("-") and hasattr(args, "overrides")]
     if len(late) < len(rest):
@@ -165,8 +174,9 @@ def _fail(args: argparse.Namespace, code: str, text: str, status: int = 1) -> in
 
     from .screen import printable
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text.assemble((f"error {code}: " if code else "", "bold red"), printable(text)))
+    console = Console(stderr=True, highlight=False)
+    told = Text.assemble((f"error {code}: " if code else "", "bold red"), printable(text))
+    console.print(told, soft_wrap=not console.is_terminal)  # as in Screen.line
     if code and console.is_terminal:
         console.print(Text(f"more: qtune explain {code}", style="dim"))
     if code:
@@ -229,14 +239,23 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _merge(args: argparse.Namespace) -> None:
     from .export import check_merge, merge
+    from .packed_merge import check_packed, merge_packed
     from .runs import open_run, read_recipe
     from .screen import size
 
     screen = _screen(args)
     out = Path(args.out) if args.out else Path(args.run) / "merged"
-    check_merge(read_recipe(Path(args.run)), out, args.dtype, args.keep_base, args.overwrite)
-    run = open_run(Path(args.run), screen, device=args.device)
-    report = merge(run, out, dtype=args.dtype, keep_base=args.keep_base, screen=screen, overwrite=args.overwrite)
+    recipe, kept, dtype = read_recipe(Path(args.run)), args.keep_base or "trained", args.dtype or "bfloat16"
+    if args.keep_scheme:
+        if args.dtype or args.keep_base:
+            raise QtuneError("Q801", "--keep-scheme keeps the packed base: --dtype and --keep-base do not go with it")
+        check_packed(recipe, out, args.overwrite)
+        run = open_run(Path(args.run), screen, device=args.device)
+        report = merge_packed(run, out, screen=screen, overwrite=args.overwrite)
+    else:
+        check_merge(recipe, out, dtype, kept, args.overwrite)
+        run = open_run(Path(args.run), screen, device=args.device)
+        report = merge(run, out, dtype=dtype, keep_base=kept, screen=screen, overwrite=args.overwrite)
     screen.title("Verified")
     for line in report.verification.lines():
         screen.line(line)
@@ -245,10 +264,9 @@ def _merge(args: argparse.Namespace) -> None:
             f"base     KL(trained || this) {report.base_kl:.2e} nats: it stands on the original weights, "
             "not on the quantized ones that it was trained on"
         )
-    screen.line(
-        f"wrote    {out} ({size(report.nbytes)}, {report.dtype}): "
-        f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
-    )
+    plain = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    use = "a recipe's `model`, or `qtune chat`" if args.keep_scheme else plain
+    screen.line(f"wrote    {out} ({size(report.nbytes)}, {report.dtype}): {use}")
     _emit(args, report.to_dict())
 
 
@@ -311,10 +329,16 @@ def _quantize(args: argparse.Namespace) -> None:
     _emit(args, {"out": args.out, "scheme": recipe.scheme.to_dict(), "bytes": nbytes})
 
 
+def _keys(args: argparse.Namespace) -> None:
+    from .listing import keys
+
+    keys(args.word, args.json)
+
+
 def _methods(args: argparse.Namespace) -> None:
     from .listing import methods
 
-    methods(args.json)
+    methods(args.json, args.method)
 
 
 def _schemes(args: argparse.Namespace) -> None:
@@ -363,6 +387,7 @@ COMMANDS = {
     "compare": _report,
     "chat": _chat,
     "quantize": _quantize,
+    "keys": _keys,
     "methods": _methods,
     "schemes": _schemes,
     "explain": _explain,

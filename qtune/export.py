@@ -90,11 +90,16 @@ def merge(
     """
     screen = screen or Screen(quiet=True)
     check_merge(run.recipe, out, dtype, keep_base, overwrite)
+    return verified_as(out, lambda partial_out: _merge(run, out, partial_out, dtype, keep_base, screen))
+
+
+def verified_as(out: Path, write_to: Callable[[Path], MergeReport]) -> MergeReport:
+    """Write a checkpoint beside `out`, and give it that name if it is verified."""
     partial_out = out.with_name(out.name + ".unverified")
     if partial_out.exists():
         shutil.rmtree(partial_out)
     try:
-        report = _merge(run, out, partial_out, dtype, keep_base, screen)
+        report = write_to(partial_out)
     except OSError as error:
         shutil.rmtree(partial_out, ignore_errors=True)
         raise QtuneError("Q901", f"cannot write {partial_out}: {error}") from error

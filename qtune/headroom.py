@@ -9,13 +9,15 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 
+from .adapters import Adapter
 from .batches import Batch, Capacity, collate
 from .data import Example
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory
@@ -125,9 +127,10 @@ def dry_step(step: TrainStep, batches: Sequence[Batch], accumulate: int) -> list
     Weights and random states (of the CPU and of CUDA) are afterwards as they were. The optimizer is not: it is to be
     made anew. Raises what a step that finds no memory raises.
     """
-    parameters = step.optimizer.parameters
-    device = parameters[0].device
-    before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    device = step.optimizer.parameters[0].device
+    states = [one.state_dict(keep_vars=True).values() for one in step.sites.values()]
+    changed = list(dict.fromkeys([*step.optimizer.parameters, *chain.from_iterable(states)]))
+    before = [tensor.detach().to("cpu", copy=True) for tensor in changed]
     seconds: list[float] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for batch in batches:
@@ -135,12 +138,31 @@ def dry_step(step: TrainStep, batches: Sequence[Batch], accumulate: int) -> list
             for number in (1, 2):
                 tick = time.perf_counter()
                 with suppress(NonFinite):  # told by the step that meets it: more is trained here than in the data
-                    step(micro_batches, number, 2, 0.0)
+                    step(micro_batches, number, sys.maxsize, 0.0)  # the first of many: nothing is due yet
             seconds.append((time.perf_counter() - tick) / len(micro_batches))
     with torch.no_grad():
-        for parameter, value in zip(parameters, before, strict=True):
-            parameter.copy_(value)
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
     return seconds
+
+
+@contextmanager
+def at_worst(adapters: Mapping[str, Adapter], steps: int) -> Iterator[None]:
+    """Inside of the block adapters have the sizes with which a run of `steps` takes the most memory; behind it they
+    are as before."""
+    grow = {name: adapter for name, adapter in adapters.items() if adapter.grows}
+    sizes = {name: adapter.sizes() for name, adapter in grow.items()}
+    before = {name: {key: getattr(one, key).detach().to("cpu", copy=True) for key in one.grows}
+              for name, one in grow.items()}  # fmt: skip
+    for method in {type(adapter) for adapter in grow.values()}:
+        method.worst(grow, steps)
+    try:
+        yield
+    finally:
+        for name, adapter in grow.items():
+            adapter.resize(sizes[name])
+            for key, value in before[name].items():
+                getattr(adapter, key).data.copy_(value)
 
 
 # ---- out of memory

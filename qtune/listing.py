@@ -1,4 +1,4 @@
-"""`qtune methods` and `qtune schemes`: what there is, read from the code itself."""
+"""`qtune keys`, `qtune methods` and `qtune schemes`: what there is, read from the code itself."""
 
 from __future__ import annotations
 
@@ -14,43 +14,127 @@ from rich.table import Table
 from rich.text import Text
 
 from .adapters import METHODS, Adapter
+from .errors import one_of
 from .quant import SCHEMES
+from .recipe import Recipe
 
 
-def methods(json_out: bool) -> None:
-    """Every method: equation, paper, options with defaults, where it goes, how it leaves."""
-    rows = [_method(name, method) for name, method in sorted(METHODS.items())]
+def keys(word: str | None, json_out: bool) -> None:
+    """Every key of a recipe whose name holds `word`: meaning, default, legal values. Raises QtuneError where none
+    does."""
+    every = Recipe.keys()
+    rows = [row for row in every if word is None or word.strip().lower() in row.name]
+    if not rows:
+        raise one_of("key", word, (row.name for row in every))
     if json_out:
-        print(json.dumps(rows, indent=2, default=list))
+        print(json.dumps([row._asdict() for row in rows], indent=2, default=list))
         return
     console = Console(highlight=False)
     for row in rows:
-        console.print(Text.assemble((row["method"], "bold cyan"), "  ", row["equation"]))
-        facts = {"options": _options(row["options"]), "targets": ", ".join(row["targets"]), "source": row["source"]}
-        facts["starts"] = row["starts"]
-        facts["leaves as"] = "merged weights" * row["merges"] + ", PEFT adapter" * row["peft"]
-        if row["refuses"]:
-            facts["refuses"] = "; ".join(f"{scheme} ({why})" for scheme, why in row["refuses"].items())
-        for key, value in facts.items():
-            console.print(Padding(Text.assemble((f"{key:10}", "dim"), value), (0, 0, 0, 6)))
-    console.print(Text("use one as `adapter: {method: NAME, ...}` in a recipe, or adapter.method=NAME", style="dim"))
+        default = row.default if isinstance(row.default, str) else json.dumps(row.default)
+        required = default == "required"
+        console.print(Text.assemble((row.name, "bold cyan"), "  ", "required" if required else f"default: {default}"))
+        for text in filter(None, (row.doc, row.legal and f"legal: {row.legal}")):
+            console.print(Padding(Text(text), (0, 0, 0, 6)))
+    told = (
+        "change one in the file, or behind a command as KEY=VALUE: train.lr=1e-4; the options of `adapter` and `scheme`"
+    )
+    console.print(Text(f"{told}: qtune methods, qtune schemes", style="dim"))
+
+
+HOOKS = ("before_step", "see_gradients", "after_step")
+
+
+def methods(json_out: bool, name: str | None = None) -> None:
+    """A line for every method, or all about one. Raises QtuneError where `name` is none."""
+    if name is not None and name not in METHODS:
+        raise one_of("adapter method", name, METHODS)
+    rows = [_method(one, METHODS[one]) for one in ([name] if name else sorted(METHODS))]
+    if json_out:
+        print(json.dumps(rows[0] if name else rows, indent=2, default=list))
+        return
+    console = Console(highlight=False)
+    if name:
+        _whole(console, rows[0])
+        return
+    width = max(len(row["method"]) for row in rows)
+    for row in rows:
+        line = Text.assemble((f"{row['method']:{width}}", "bold cyan"), "  ", row["equation"])
+        if console.is_terminal:
+            console.print(line, no_wrap=True, overflow="ellipsis")
+        else:
+            console.print(line, soft_wrap=True)
+    console.print(Text("all about one: qtune methods NAME; use it as `adapter: {method: NAME, ...}`", style="dim"))
+
+
+def _whole(console: Console, row: dict[str, Any]) -> None:
+    console.print(Text.assemble((row["method"], "bold cyan"), "  ", row["equation"]))
+    for head, items in paragraphs(row["about"]):
+        console.print(Padding(Text(head), (1, 0, 0, 6)))
+        for item in items:
+            console.print(Padding(Text(f"- {item}"), (0, 0, 0, 8)))
+    console.print()
+    for key, value in facts({**row, "options": _options(row["options"])}).items():
+        console.print(Padding(Text.assemble((f"{key:12}", "dim"), value), (0, 0, 0, 6)))
+
+
+def paragraphs(text: str) -> list[tuple[str, list[str]]]:
+    """A docstring's paragraphs, each with the items of the list in it; a line that is indented by two begins one."""
+    text = re.sub(r"(\n  [^\n]*)\n(?=\S)", r"\1\n\n", text)  # what follows a list stands by itself
+    found = [re.split(r"\n  (?=\S)", f"\n{paragraph}") for paragraph in text.split("\n\n")]
+    lines = [[" ".join(item.split()) for item in items] for items in found]
+    return [(head, items) for head, *items in lines]
+
+
+def facts(row: dict[str, Any]) -> dict[str, str]:
+    """What is said of a method in a line each, by its name for people."""
+    refused = "; ".join(f"not {scheme} ({why})" for scheme, why in row["refuses"].items())
+    said = {
+        "paper": row["source"],
+        "starts": row["starts"],
+        "needs": ", ".join(row["needs"]),
+        "goes to": ", ".join(row["targets"]),
+        "schemes": refused or "all",
+        "merges": row["merges"],
+        "as PEFT's": row["peft"] or "no, merge it",
+        "options": row.get("options"),
+    }
+    return {key: value for key, value in said.items() if isinstance(value, str) and value}
 
 
 def _method(name: str, method: type[Adapter]) -> dict[str, Any]:
-    doc = (sys.modules[method.__module__].__doc__ or "").strip()
+    doc = inspect.cleandoc(sys.modules[method.__module__].__doc__ or "")
     head, _, rest = doc.partition("\n\n")
     source = re.match(r".*?\(.*?\)", " ".join(rest.split()))
     return {
         "method": name,
         "equation": " ".join(head.split()).partition(":")[2].strip().rstrip("."),
         "source": source[0] if source else "",
+        "about": rest.strip(),
         "options": {o: p.default for o, p in method.options().items()},
         "targets": list(method.targets),
         "starts": _start(method),
+        "needs": _needs(method),
         "refuses": _refusals(method),
-        "merges": method.mergeable,
-        "peft": method.peft is not None,
+        "merges": _merges(method),
+        "peft": method.peft.peft_type if method.peft else "",
     }
+
+
+def _needs(method: type[Adapter]) -> list[str]:
+    """What it takes besides the packed layer and the input."""
+    names = {"weight": "each weight before it is packed", "gram": "calibration text", "grad": "gradients of a loss"}
+    found = [text for name, text in names.items() if name in method.needs(_defaults(method))]
+    found += ["a module that all sites share"] * method.has_own("shared")
+    found += ["to change between steps"] * any(method.has_own(hook) for hook in HOOKS)
+    return found + ["a penalty in the loss"] * method.has_own("penalty")
+
+
+def _merges(method: type[Adapter]) -> str:
+    """What it can be merged into, and how exact that is."""
+    if not method.mergeable:
+        return "no: it is no affine function of the input"
+    return "into dense weights, exactly in fp32" + "; into packed ones, too" * method.has_own("merge_into")
 
 
 def _defaults(method: type[Adapter]) -> dict[str, Any]:

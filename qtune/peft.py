@@ -106,6 +106,7 @@ def _config(
         **({"fan_in_fan_out": any(site.base.conv1d for site in sites.values())} if names.conv1d else {}),
         **{theirs: options[ours] for ours, theirs in names.options.items()},
         **names.constants,
+        **METHODS[spec.method].peft_config({name: site.adapter for name, site in sites.items()}),
         **listed,
         "target_modules": sorted({*suffixes(rest, everything), *(s for found in listed.values() for s in found)}),
     }

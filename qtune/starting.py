@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from .adapters import METHODS, Adapted, AdapterSpec, Source, Start, adapt, adapted_sites, find_sites
 from .adapters.sites import begin, build, place
 from .checkpoint import Piece
-from .errors import QtuneError, one_of
+from .errors import QtuneError, listed, one_of
 from .model.layerwise import Grams, Layerwise, decoder_layers
 from .model.loading import Aside, Packing, Progress, give_back, load, packed_sites, tie
 from .quant import QuantLinear, Scheme, Storage
@@ -181,7 +181,7 @@ class Starting(Packing):
             layer.pack = lambda w: choose(layer.scheme, w, gram, self.codes, name=layer.name)
             layer.set_weight(weight)
         if self.spec is not None and self.needs and layer.name in self.sites:
-            site = build({layer.name: layer}, self.spec)[0][layer.name]
+            site = build({layer.name: layer}, self.spec, among=self.sites)[0][layer.name]
             source = Source(weight.to(layer.device), gram if "gram" in self.needs else None)
             site.start = begin(layer.name, site, self.spec, source, self.seed)
             self.started[layer.name] = site
@@ -220,9 +220,8 @@ class Starting(Packing):
         """The experts whose codes are nearest after all."""
         if not self.few:
             return []
-        these = f"{', '.join(self.few[:3])}{' ...' * (len(self.few) > 3)}"
         return [f"codes are nearest, not {self.codes}, in {len(self.few)} expert weights, which fewer tokens of the "
-                f"calibration text reached than they have inputs ({these})"]  # fmt: skip
+                f"calibration text reached than they have inputs ({listed(self.few, 3)})"]  # fmt: skip
 
     def _layer(self, index: int) -> None:
         if index == 0:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .adapters import METHODS, Adapter, adapted_sites
+from .adapters import METHODS, adapted_sites
 from .errors import QtuneError
 from .loss import LossOptions, Transform, cross_entropy_sum, logit_transform, trained_tokens
 from .memory import keep_freed_memory, return_freed_memory
@@ -50,12 +50,14 @@ class BatchLike(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over trained tokens; grad_norm: before clipping; tokens: padding left out."""
+    """loss: mean over trained tokens; grad_norm: before clipping; tokens: padding left out; factor: on the learning
+    rate, the method's own part included."""
 
     loss: float
     grad_norm: float
     tokens: int
     trained: int
+    factor: float
 
 
 class LanguageModel:
@@ -198,11 +200,12 @@ class TrainStep:
         self.model, self.optimizer, self.clip = model, optimizer, clip
         self.sites = {name: site.adapter for name, site in adapted_sites(model.model).items()}
         self.method = METHODS[next(iter(self.sites.values())).method]
-        if optimizer.early and self.method.penalty is not Adapter.penalty:
+        late = {"penalty": "a penalty, whose gradient comes after the loss's",
+                "see_gradients": "to see all gradients before the update"}  # fmt: skip
+        if optimizer.early and (why := [text for name, text in late.items() if self.method.has_own(name)]):
             raise QtuneError(
                 "Q708",
-                f"adapter method {self.method.method} has a penalty, whose gradient comes after the loss's; "
-                "set train.update_in_backward to false",
+                f"adapter method {self.method.method} has {' and '.join(why)}; set train.update_in_backward to false",
             )
         if device_of(model.model).type == "cpu":
             layers = layers_of(model.model)
@@ -211,9 +214,12 @@ class TrainStep:
     def __call__(self, batches: Sequence[BatchLike], step: int, steps: int, factor: float) -> StepResult:
         """One optimizer step, 1-based `step` of `steps`, at `factor` times the learning rate. Raises NonFinite before
         any weight changes."""
+        factor *= self.method.warmth(self.sites, step, steps)
+        self.optimizer.follow(self.method.before_step(self.sites, step, steps))
         total, tokens, trained = self.gradients(batches, factor)
+        total += self.penalty()
         norm = self.update(total, step, steps, factor)
-        return StepResult(total, norm, tokens, trained)
+        return StepResult(total, norm, tokens, trained, factor)
 
     def gradients(self, batches: Sequence[BatchLike], factor: float | None = None) -> tuple[float, int, int]:
         """First half of a step: the gradients of all micro-batches. Returns loss, tokens and trained tokens.
@@ -230,7 +236,7 @@ class TrainStep:
             if self.optimizer.early and not math.isfinite(loss.item()):
                 break  # before any weight changes
             loss.backward()
-        return sum(loss.item() for loss in losses) + self._penalty(), tokens, trained  # reading waits for a GPU
+        return sum(loss.item() for loss in losses), tokens, trained  # reading waits for a GPU
 
     def update(self, total: float, step: int, steps: int, factor: float) -> float:
         """Second half: clip, optimizer, the method's own part. total: the loss. Returns the gradient's norm."""
@@ -238,11 +244,13 @@ class TrainStep:
         if not (math.isfinite(total) and math.isfinite(norm)):
             self.optimizer.drop_gradients()
             raise NonFinite("Q701", f"step {step}: loss is {total}, gradient norm is {norm}")
+        self.method.see_gradients(self.sites, step, steps)
         self.optimizer.step(factor)
-        self.method.after_step(self.sites, step, steps)
+        self.optimizer.follow(self.method.after_step(self.sites, step, steps))
         return norm
 
-    def _penalty(self) -> float:
+    def penalty(self) -> float:
+        """Behind the gradients of all micro-batches: those of the adapters' penalties, added. Returns their sum."""
         terms = [term for adapter in self.sites.values() if (term := adapter.penalty()) is not None]
         if not terms:
             return 0.0

@@ -101,15 +101,20 @@ class Reference:
 
 def verify(model: nn.Module, folder: Path, dtype: torch.dtype, reference: Reference) -> Verification:
     """Compare the checkpoint in `folder`, written in `dtype`, with the adapted `model` that it was merged from."""
-    layer_error, worst = check_layers(adapted_sites(model), folder, dtype)
+    error, worst = check_layers(adapted_sites(model), folder, dtype)
     written = logits_of(_load(folder, dtype), reference.prompts)
+    return compared(reference, written, len(adapted_sites(model)), error, worst)
+
+
+def compared(reference: Reference, written: Sequence[Tensor], layers: int, error: float, worst: str) -> Verification:
+    """What comes out of a checkpoint's logits, as `logits_of` gives them, and of its layers."""
     kl = reference.kl(written)
     pairs = list(zip(reference.logits, written, strict=True))
     same = torch.cat([(a.argmax(-1) == b.argmax(-1)).float() for a, b in pairs])
     largest = max(float(a.abs().max()) for a in reference.logits)
     return Verification(
-        layers=len(adapted_sites(model)),
-        layer_error=layer_error,
+        layers=layers,
+        layer_error=error,
         worst_layer=worst,
         prompts=len(pairs),
         positions=len(kl),
@@ -163,7 +168,7 @@ def check_layers(sites: dict[str, Adapted], folder: Path, dtype: torch.dtype) ->
         weight = written(f"{name}.weight")
         bias = None if site.base.bias is None else written(f"{name}.bias")
         x = torch.randn(PROBES, site.base.in_features, generator=generator)
-        error = _layer_error(site, weight.T if site.base.conv1d else weight, bias, x, dtype)
+        error = layer_error(site, weight.T if site.base.conv1d else weight, bias, x, dtype)
         if not error <= worst:
             worst, where = error, name
     return worst, where
@@ -188,7 +193,7 @@ class _Written:
         return self.found[name].read()[name].float()
 
 
-def _layer_error(site: Adapted, weight: Tensor, bias: Tensor | None, x: Tensor, dtype: torch.dtype) -> float:
+def layer_error(site: Adapted, weight: Tensor, bias: Tensor | None, x: Tensor, dtype: torch.dtype) -> float:
     """Root mean square error over outputs, as a fraction of the bound. weight [out, in], bias [out], x [probes, in],
     all fp32."""
     want = site(x.to(site.base.device)).cpu()

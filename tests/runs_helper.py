@@ -9,7 +9,15 @@ from typing import Any
 
 import tiny
 
+from qtune.adapters import METHODS, AdapterSpec
+from qtune.quant import SCHEMES
 from qtune.recipe import Recipe
+
+
+def other_scheme(method: str) -> dict[str, str]:
+    """What a recipe must change where the method, with its defaults, refuses nf4."""
+    refused = METHODS[method].refuses(SCHEMES["nf4"](), AdapterSpec(method).resolved())
+    return {"scheme": "int3"} if refused else {}
 
 
 def write_task(folder: Path, count: int = 24, seed: int = 0) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs_helper import other_scheme
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -205,6 +206,12 @@ def test_veras_projections_are_the_same_everywhere() -> None:
     assert 0.98 * bound < B.max() <= bound
 
 
+def test_a_seed_of_any_size_gives_numbers() -> None:
+    """The hash has 64 bits: what is beyond them wraps around."""
+    one, other = (hashed_uniform((4, 5), 2 * seed, torch.device("cpu")) for seed in (2**22, 2**31 + 1))
+    assert one.isfinite().all() and other.abs().max() < 1 and not torch.equal(one, other)
+
+
 def test_veras_projections_depend_on_the_seed() -> None:
     bases = [linear(6, 8)]
     first, second, again = (METHODS["vera"].shared(bases, rank=4, seed=s) for s in (0, 1, 0))
@@ -344,20 +351,30 @@ class _Draws(TorchDispatchMode):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_start_is_drawn_on_the_cpu(method: str) -> None:
     """The model is on meta, which stands for any device: a seed must not mean other values on a GPU."""
-    base = QuantLinear(64, 96, scheme_from("nf4"), bias=True, dtype=torch.float32, device="meta", name="up_proj")
-    spec = AdapterSpec(method)
+    spec, scheme = AdapterSpec(method), scheme_from(other_scheme(method).get("scheme", "nf4"))
+    base = QuantLinear(64, 96, scheme, bias=True, dtype=torch.float32, device="meta", name="up_proj")
     sites, _ = build({"up_proj": base}, spec)
     weight, gram = (torch.empty(shape, device="meta") for shape in ((96, 64), (64, 64)))
     with _Draws() as draws:
         sites["up_proj"].adapter.reset(base, Source(weight, gram))
     assert set(draws.devices) <= {"cpu"}
     if not spec.needs():  # a start from the weight may have nothing random in it
-        assert bool(draws.devices) == (method not in ("ia3", "vera"))
+        real = linear(96, 64, "up_proj", scheme=scheme)
+        one, other = (started(real, spec, seed) for seed in (0, 1))
+        assert bool(draws.devices) == any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def started(base: QuantLinear, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
+    """The first values of an adapter on one layer."""
+    model = nn.Module()
+    model.up_proj = base
+    return adapt(model, AdapterSpec(spec.method, ("up_proj",)), seed=seed)["up_proj"].adapter.state_dict()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_merge_is_fp32_under_any_default_dtype(method: str) -> None:
-    adapted = site(method, linear(48, 64, bias=True, scheme=scheme_from("nf4")))
+    scheme = scheme_from(other_scheme(method).get("scheme", "nf4"))
+    adapted = site(method, linear(48, 64, bias=True, scheme=scheme))
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert adapted.merged()[0].dtype == torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from qtune.cli import build_parser, main
 from qtune.demo import write_task
 from qtune.model import load
 from qtune.quant import NF4
+from qtune.recipe import Recipe
 
 COMMANDS = [
-    "chat", "compare", "completion", "data", "demo", "doctor", "eval", "explain", "export", "init", "merge", "methods",
-    "plan", "quantize", "report", "schemes", "train",
+    "chat", "compare", "completion", "data", "demo", "doctor", "eval", "explain", "export", "init", "keys", "merge",
+    "methods", "plan", "quantize", "report", "schemes", "train",
 ]  # fmt: skip
 
 
@@ -102,8 +104,9 @@ def test_chat_once_and_in_conversation(
 ) -> None:
     value = as_json(capsys, "chat", root / "run", "--prompt", "w1 w20", "--max-new-tokens", "3")
     assert value["prompt"] == "w1 w20" and isinstance(value["answer"], str)
-    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w20\n\n/new\nw2\n/exit\nw3\n"))
-    run(capsys, "chat", root / "model", "--max-new-tokens", "2")
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w20\n\n/new\n/help\nw2\n/exit\nw3\n"))
+    out, err = run(capsys, "chat", root / "model", "--max-new-tokens", "2", "--json")
+    assert [pair["prompt"] for pair in json.loads(out)] == ["w1 w20", "w2"] and err.count("/new starts over") == 2
     assert "must be 0 or more" in run(capsys, "chat", root / "run", "--temperature", "-1", code=1)[1]
 
 
@@ -127,6 +130,19 @@ def test_listings(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["equation"] and row["options"] is not None for row in methods.values())
     schemes = {row["scheme"]: row for row in as_json(capsys, "schemes")}
     assert schemes["nf4"]["bits_per_weight"] == 4.127 and schemes["int8"]["bits_per_weight"] == pytest.approx(8.008)
+    keys = {row["name"]: row for row in as_json(capsys, "keys")}
+    every = Recipe.keys()
+    assert set(keys) == {row.name for row in every} and keys["train.lr"]["default"] == 2e-4
+    out = run(capsys, "keys", "max_length")[0]
+    assert "data.max_length" in out and "default: 512" in out and "whole number" in out and "train.lr  " not in out
+    assert "unknown key 'learning'" in run(capsys, "keys", "learning", code=1)[1]
+    lines = run(capsys, "methods")[0].splitlines()
+    assert len(lines) == len(methods) + 1 and all(m["equation"] in lines[i] for i, m in enumerate(methods.values()))
+    assert as_json(capsys, "methods", "qwha") == methods["qwha"] and "calibration text" in methods["qwha"]["needs"]
+    told = " ".join(run(capsys, "methods", "vera")[0].split())
+    assert methods["vera"]["needs"] == ["a module that all sites share"] and methods["vera"]["source"] in told
+    assert "splitmix64" not in told and "d_initial=0.1" in told and "VERA" in told
+    assert "did you mean 'vera'?" in run(capsys, "methods", "verra", code=1)[1]
     for command in ("methods", "schemes"):
         assert "nf4" in run(capsys, command)[0] or "lora" in run(capsys, command)[0]
 
@@ -186,6 +202,32 @@ def test_wrong_use_is_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as error:
         main(argv)
     assert error.value.code == 2 and "usage: qtune" in capsys.readouterr().err
+
+
+def test_without_a_command_all_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    assert "Write a recipe that fits" in capsys.readouterr().err
+
+
+def test_a_fault_is_wrapped_between_words_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    err = run(capsys, "keys", "nonsense", code=1)[1]
+    assert len(err.splitlines()) == 1, "whole where a program reads it"
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    wrapped = re.sub(r"\x1b\[[0-9;]*m", "", run(capsys, "keys", "nonsense", code=1)[1]).splitlines()
+    assert len(wrapped) > 9 and max(map(len, wrapped)) <= 40
+    assert " ".join(line.strip() for line in wrapped).startswith(err.strip()), "no word is broken"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("x.gguf", "a model"), ("train.jsonl", "data")])
+def test_what_is_no_recipe_is_told(name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    assert f"{name} is {kind}, not a recipe" in run(capsys, "train", tmp_path / name, code=1)[1]
+    told = "give it as --model" if kind == "a model" else "no text in UTF-8"
+    assert told in run(capsys, "plan", tmp_path / name, code=1)[1]
 
 
 def test_damaged_adapter_is_told(root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def test_every_method_scheme_recipe_and_public_name_is_on_its_page(made: Pages) 
         made[name] for name in ("reference/methods.md", "reference/schemes.md", "recipes.md", "reference/api.md")
     )
     assert not [name for name in METHODS if f"\n## {name}\n" not in methods]
+    assert not [name for name in METHODS if f"\n| [`{name}`](#{name}) | " not in methods]
+    assert "\n- rotate (its type 6): every chunk is turned" in methods and "\n\nThe code rounds n to" in methods
     assert not [name for name in SCHEMES if f'<a id="{name}"></a>`{name}`' not in schemes]
     files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")]
     assert not [name for name in files if f"\n### {name} " not in recipes]

@@ -82,7 +82,7 @@ def test_transformers_computes_what_was_trained(family: str, scheme: str, tmp_pa
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_merges_or_says_why_not(method: str, tmp_path: Path) -> None:
-    run = finished(tmp_path, adapter=method, train__steps=2, calibrate__length=16)
+    run = finished(tmp_path, adapter=method, train__steps=2, calibrate__length=16, **runs_helper.other_scheme(method))
     trained = tiny.logits(run.model)
     assert METHODS[method].mergeable
     report = merge(run, tmp_path / "merged", dtype="float32")

@@ -48,6 +48,7 @@ ORDER = (
     {"evaluation"},
     {"verify", "card"},
     {"export"},
+    {"packed_merge"},
     {"planner"},
     {"headroom"},
     {"report"},
@@ -69,7 +70,17 @@ RESERVED = {
     "bitsandbytes": set(),
     "kernels": set(),  # Hugging Face's package, never our folder
 }
-SHARED_BY_METHODS = {"allocation", "base", "files", "sites", "starts", "transforms"}  # in adapters/, but no methods
+# modules of adapters/ that are no methods
+SHARED_BY_METHODS = {
+    "allocation",
+    "base",
+    "carried",
+    "factored",
+    "files",
+    "sites",
+    "starts",
+    "transforms",
+}  # no methods
 
 
 def sources(*folders: str) -> list[Path]:

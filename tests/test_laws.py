@@ -33,6 +33,7 @@ SHIPPED = sorted(METHODS)  # read before this file adds its broken ones
 IN, MIDDLE, OUT = 76, 96, 33  # there are Hadamard matrices of 76 and 96; no block of 64 and no group of 32 divides 76
 TOKENS = 5
 SAMPLES = 4 * MIDDLE  # calibration inputs: enough for second moments of full rank
+SMALL = {"rank": 4, "slices": 2}  # options that such narrow layers have room for
 TARGETS = ("up_proj", "down_proj")  # ia3 scales the outputs of one and the inputs of the other
 
 
@@ -72,7 +73,7 @@ class Case:
 
     def __post_init__(self) -> None:
         legal = METHODS[self.method].options()
-        self.options = {"rank": 4} if "rank" in legal else {}
+        self.options = {name: value for name, value in SMALL.items() if name in legal}
 
     def refused(self) -> str:
         """Why the method makes no sense on the scheme, or nothing."""
@@ -487,10 +488,10 @@ def slow(law: str, method: str, scheme: str) -> bool:
     """Is the cell left to the slow tests?"""
     if method == "lora" or scheme == "nf4":
         return False
+    possible = [name for name in ("nf4", "dense", "int8", "int3") if not Case(method, name, Path()).refused()]
     if law == "compiles_to_the_same":
-        return True
-    dense = "int8" if Case(method, "dense", Path()).refused() else "dense"
-    return scheme != dense and (method != "hira" or law == "gradient_is_the_true_one")
+        return scheme != possible[0]
+    return scheme not in possible[:2] and (method != "hira" or law == "gradient_is_the_true_one")
 
 
 def cells() -> Iterator[Any]:
@@ -515,7 +516,8 @@ def test_law(law: str, method: str, scheme: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", SHIPPED)
 def test_a_whole_model_compiles_to_the_same(method: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
-    compiled_is_the_same(Case(method, "nf4", tmp_path).model(stirred=True))
+    cases = [Case(method, scheme, tmp_path) for scheme in ("nf4", "int3")]
+    compiled_is_the_same(next(case for case in cases if not case.refused()).model(stirred=True))
 
 
 def test_every_method_and_every_scheme_is_under_each_law() -> None:

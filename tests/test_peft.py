@@ -29,6 +29,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "dora": [{"rank": 4, "alpha": 12.0}, {"rank": 8, "rslora": True}],
     "ia3": [{}, {"feedforward": ("v_proj", "attn.c_attn")}],
+    "miss": [{"rank": 6}, {"rank": 8, "dropout": 0.1}],
+    "loretta": [{"rank": 4, "tensor_rank": 3, "alpha": 6.0}],
+    "vblora": [{"rank": 3, "length": 16, "vectors": 20}, {"length": 8, "vectors": 13, "topk": 3, "dropout": 0.1}],
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -67,6 +68,23 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Change:
+    """How a parameter changes between two steps, other than by the optimizer.
+
+    values: old -> new, of the parameter, or of its fp32 master where it has one; the shape may be another. moments: old
+    -> new, of each of the optimizer's states that has the parameter's shape; None, or states of other shapes (8-bit
+    blocks, Adafactor's rows and columns): they begin anew. squares: of AdamW's mean of squares, where it is another.
+    """
+
+    values: Callable[[Tensor], Tensor]
+    moments: Callable[[Tensor], Tensor] | None = None
+    squares: Callable[[Tensor], Tensor] | None = None
+
+
+Changes = Mapping[nn.Parameter, Change]
+
+
+@dataclass(frozen=True)
 class PeftNames:
     """How PEFT names a method: one table for both directions. tensors, shared and options map ours to PEFT's.
 
@@ -91,12 +109,15 @@ class Adapter(nn.Module):
     # None: starts as the identity. Else: how far from the weight before packing it may start, in distances of the base
     bound: ClassVar[float | None] = None
     targets: ClassVar[tuple[str, ...]] = (ALL_LINEAR,)  # where the method goes by default
+    # tensors whose size changes in training: name -> (dimension, what of the site it counts)
+    grows: ClassVar[Mapping[str, tuple[int, str]]] = MappingProxyType({})
     peft: ClassVar[PeftNames | None] = None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, register: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.method = cls.__module__.rsplit(".", 1)[-1]
-        METHODS[cls.method] = cls
+        if register:  # else: what several methods extend
+            cls.method = cls.__module__.rsplit(".", 1)[-1]
+            METHODS[cls.method] = cls
 
     def __init__(self, base: QuantLinear, **options: Any) -> None:
         super().__init__()
@@ -146,6 +167,11 @@ class Adapter(nn.Module):
             weight[:, start : start + rows] = (self(probe, dense) - bias).T
         return weight, bias if base.bias is not None or bias.any() else None
 
+    def merge_into(self, base: QuantLinear) -> bool:
+        """Write the change into the packed parts of `base`, which then computes alone what `forward` did, as exactly
+        as the parts' own dtypes can say it. False, and nothing is written: the method has no such form."""
+        return False
+
     def peft_state(self) -> dict[str, Tensor]:
         """The parameters under PEFT's names and in PEFT's shapes."""
         assert self.peft is not None
@@ -154,6 +180,11 @@ class Adapter(nn.Module):
     def peft_lists(self) -> tuple[str, ...]:
         """Lists of PEFT's config, besides target_modules, that this site must be in."""
         return ()
+
+    @classmethod
+    def peft_config(cls, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+        """Keys of PEFT's config that say what the sites came to hold; `adapters` are all of them by site."""
+        return {}
 
     def penalty(self) -> Tensor | None:
         """A term added to the loss, or None."""
@@ -169,8 +200,54 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
-    def after_step(cls, adapters: Mapping[str, Adapter], step: int, steps: int) -> None:
-        """Called after each optimizer step (1-based) of `steps`, with all adapters by site."""
+    def varied(cls, sites: Sequence[str], options: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        """Options that differ from site to site, by the names of all sites in the model's order: site -> {option:
+        value}. `options` have the defaults filled in."""
+        return {}
+
+    # ---- in time: steps are 1-based, `adapters` are all of them by site; what hangs on values is left out on meta
+
+    @classmethod
+    def warmth(cls, adapters: Mapping[str, Adapter], step: int, steps: int) -> float:
+        """A factor on the schedule's learning rate at a step."""
+        return 1.0
+
+    @classmethod
+    def before_step(cls, adapters: Mapping[str, Adapter], step: int, steps: int) -> Changes:
+        """Called before the forward of each step, after a step that was skipped too. Returns how parameters change
+        now; buffers it changes itself."""
+        return {}
+
+    @classmethod
+    def see_gradients(cls, adapters: Mapping[str, Adapter], step: int, steps: int) -> None:
+        """Called when a step's gradients are whole (and clipped), before the optimizer takes them."""
+
+    @classmethod
+    def after_step(cls, adapters: Mapping[str, Adapter], step: int, steps: int) -> Changes:
+        """Called after each optimizer step that was made; returns as `before_step`."""
+        return {}
+
+    @classmethod
+    def worst(cls, adapters: Mapping[str, Adapter], steps: int | None) -> None:
+        """Give what grows the sizes, by `resize`, with which a run of `steps` takes the most memory: what is planned,
+        and tried before the first step. None: as many steps as can be."""
+
+    def resize(self, sizes: Mapping[str, int]) -> None:
+        """Give the tensors that grow these sizes, by what `grows` counts; one of another size becomes zeros."""
+        for name, (dim, what) in self.grows.items():
+            tensor = getattr(self, name)
+            if what in sizes and tensor.shape[dim] != sizes[what]:
+                shape = [*tensor.shape[:dim], sizes[what], *tensor.shape[dim + 1 :]]
+                replace_values(tensor, tensor.data.new_zeros(shape))
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes of what grows, as `resize` takes them."""
+        return {what: getattr(self, name).shape[dim] for name, (dim, what) in self.grows.items()}
+
+    @classmethod
+    def has_own(cls, name: str) -> bool:
+        """Has the method its own form of what this class leaves empty?"""
+        return any(name in one.__dict__ for one in cls.__mro__[: cls.__mro__.index(Adapter)])
 
     @classmethod
     def options(cls) -> dict[str, inspect.Parameter]:
@@ -188,6 +265,13 @@ class Adapter(nn.Module):
 def trainable(shape: Sequence[int], base: QuantLinear, dtype: torch.dtype | None = None) -> nn.Parameter:
     """An uninitialised parameter on the base's device, in the model's compute dtype unless said otherwise."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype or base.dtype, device=base.device))
+
+
+def replace_values(tensor: Tensor, values: Tensor) -> None:
+    """Let a parameter or buffer, which stays the same object, hold `values` of the same dtype and any shape."""
+    if values.shape != tensor.shape:  # autograd remembers the shape of a parameter until its type changes
+        tensor.data = values.new_empty(0, dtype=torch.complex64)
+    tensor.data = values
 
 
 def draw(values: Tensor, fill: Callable[..., Any], *args: Any) -> None:

@@ -28,7 +28,7 @@ from ..errors import QtuneError
 from ..quant import QuantLinear
 from ..safe_io import replacing, write_json
 from ..vocabulary import Token, build_rows, install_rows, rows_of
-from .base import Adapted, AdapterSpec, Start
+from .base import Adapted, Adapter, AdapterSpec, Start
 from .sites import SHARED, adapted_sites, build, install
 
 FORMAT = 1
@@ -177,6 +177,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, other_base: bool = Fal
     sites, shared = build(bases, spec, any_scheme=other_base) if bases else ({}, None)
     tokens = [Token(token["text"], token["id"]) for token in info.get("tokens", ())]
     own = build_rows(model, tokens) if tokens else None
+    for name, site in sites.items():
+        site.adapter.resize(_sizes(site.adapter, tensors, name))
     expected = _state(sites, shared) | ({} if own is None else own.tensors())
     faults += _compare(expected, tensors, set(info["sites"]) - set(bases))
     if faults:
@@ -313,6 +315,16 @@ def _state(sites: Mapping[str, Adapted], shared: nn.Module | None) -> dict[str, 
     if shared is not None:
         state.update({f"{SHARED}.{key}": value for key, value in shared.state_dict(keep_vars=True).items()})
     return state
+
+
+def _sizes(adapter: Adapter, tensors: Mapping[str, Tensor], site: str) -> dict[str, int]:
+    """The sizes of what grows in training, as the file has them."""
+    found: dict[str, int] = {}
+    for name, (dim, what) in adapter.grows.items():
+        tensor = tensors.get(f"{site}.{name}")
+        if tensor is not None and tensor.dim() > dim:
+            found.setdefault(what, tensor.shape[dim])
+    return found
 
 
 def _compare(

@@ -136,14 +136,20 @@ def _square(rows: Tensor, gram: Tensor | None, product: Tensor) -> float:
 
 
 def build(
-    bases: Mapping[str, QuantLinear], spec: AdapterSpec, *, any_scheme: bool = False
+    bases: Mapping[str, QuantLinear],
+    spec: AdapterSpec,
+    *,
+    any_scheme: bool = False,
+    among: Iterable[str] | None = None,
 ) -> tuple[dict[str, Adapted], nn.Module | None]:
     """Adapters for `bases` by site, and what they share; no values yet, and the model that the bases are in is
     untouched.
 
-    any_scheme: also where the method makes no sense to start on the scheme. Raises QtuneError with what does not fit.
+    any_scheme: also where the method makes no sense to start on the scheme. among: the names of all sites, where
+    `bases` are not all. Raises QtuneError with what does not fit.
     """
     method = METHODS[spec.method]
+    varied = method.varied(list(bases if among is None else among), spec.resolved())
     shared = method.shared(list(bases.values()), **spec.options)
     extra = {} if shared is None else {"shared": shared}
     sites, faults = {}, {}
@@ -152,7 +158,7 @@ def build(
             faults[name] = why
             continue
         try:
-            sites[name] = Adapted(base, method(base, **spec.options, **extra))
+            sites[name] = Adapted(base, method(base, **{**spec.options, **varied.get(name, {})}, **extra))
         except QtuneError as error:
             faults[name] = str(error)
     if faults:

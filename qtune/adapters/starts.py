@@ -33,13 +33,15 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 # ---- options
 
 
-def check_rank(base: QuantLinear, rank: int) -> None:
-    """Raises QtuneError for a rank that no decomposition of the layer has."""
-    if not 1 <= rank <= min(base.shape):
+def check_rank(base: QuantLinear, rank: int, slices: int = 1) -> None:
+    """Raises QtuneError for a rank, or slices of it, that no decomposition of the layer has."""
+    most = min(base.shape) // slices
+    if not 1 <= rank <= most:
+        given = f"adapter.rank {rank}" if slices == 1 else f"adapter.rank {rank} in adapter.slices {slices}"
         raise QtuneError(
             "Q107",
-            f"adapter.rank {rank} is beyond a layer of {base.shape[0]} x {base.shape[1]}; legal: 1 to "
-            f"{min(base.shape)}",
+            f"{given} is beyond a layer of {base.shape[0]} x {base.shape[1]}; legal: "
+            + (f"1 to {most}" if most else f"at most {min(base.shape)} slices"),
         )
 
 

@@ -95,13 +95,19 @@ class VeRA(Adapter):
         return faults
 
 
-def hashed_uniform(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
-    """fp32 of `shape`, uniform in [-1, 1) in steps of 2^-23: splitmix64 of a counter (Steele et al. 2014)."""
-    z = torch.arange(1, math.prod(shape) + 1, dtype=torch.int64, device=device)
-    z = (z + (seed << 40)) * _int64(0x9E3779B97F4A7C15)
+def hashed_uniform(shape: Sequence[int], seed: int, device: torch.device, first: int = 0) -> Tensor:
+    """fp32 of `shape`, uniform in [-1, 1) in steps of 2^-23, from the first-th number of the seed on."""
+    z = hashed(math.prod(shape), seed, device, first)
+    return ((_right(z, 40) - 2**23).float() * 2.0**-23).view(*shape)
+
+
+def hashed(count: int, seed: int, device: torch.device, first: int = 0) -> Tensor:
+    """int64 [count] of random bits: splitmix64 of a counter (Steele et al. 2014) that begins at first + 1."""
+    z = torch.arange(first + 1, first + count + 1, dtype=torch.int64, device=device)
+    z = (z + _int64((seed << 40) % (1 << 64))) * _int64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ _right(z, shift)) * _int64(factor)
-    return ((_right(z ^ _right(z, 31), 40) - 2**23).float() * 2.0**-23).view(*shape)
+    return z ^ _right(z, 31)
 
 
 def _right(z: Tensor, bits: int) -> Tensor:

@@ -28,7 +28,7 @@ from ..screen import size
 from . import names
 from .layerwise import decoder_layers
 from .skeleton import Origin, compute_buffers, dense_experts, dtypes_of, empty, linear_sizes, replace
-from .source import Source, open_source, read_folder, reason_of
+from .source import Source, no_tokenizer, open_source, read_folder, reason_of
 
 TRIM_BYTES = 64_000_000  # of checkpoint read between two calls of malloc_trim
 
@@ -380,7 +380,8 @@ def load_tokenizer(model: str | Path) -> Any:
     except Exception as error:  # the package tokenizers raises plain ones
         if not is_gguf:
             read_folder(folder, str(model), weights=False)  # a fault of config.json is told as such
-        raise QtuneError("Q308", f"cannot read a tokenizer from {model}: {reason_of(error)}") from error
+        told = "" if is_gguf else no_tokenizer(folder)
+        raise QtuneError("Q308", f"cannot read a tokenizer from {model}: {told or reason_of(error)}") from error
     if not isinstance(found.model_max_length, (int, float)):
         wrong = f"model_max_length in tokenizer_config.json is {shown(found.model_max_length)}; legal: a number"
         raise QtuneError("Q308", f"cannot read a tokenizer from {model}: {wrong}")

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import QtuneError
+from ..adapters.base import Changes, replace_values
+from ..errors import QtuneError, listed
 from ..memory import HOST, host_empty, mark
 from . import rules
 
 NARROW = (torch.bfloat16, torch.float16)
 MASTER = "master"
-SHOWN = 8  # faults of a restore that are listed
 TOGETHER = 1 << 24  # values whose gradients are made fp32 at a time: 64 MiB, where all at once would be a step's peak
 
 
@@ -105,6 +105,26 @@ class Bucket:
 
     def gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter, _ in self.pairs if parameter.grad is not None]
+
+    def change(self, changes: Changes) -> None:
+        """Values, masters and states of parameters become what a method makes of them."""
+        for parameter, wide in self.pairs:
+            change = changes.get(parameter)
+            if change is None:
+                continue
+            shape = wide.shape
+            replace_values(wide, change.values(wide.detach()))
+            if wide is not parameter:
+                replace_values(parameter, wide.to(parameter.dtype))
+            for inner in self.inner:
+                states = inner.state.get(wide, {})
+                sized = {key: state for key, state in states.items() if isinstance(state, Tensor) and state.dim()}
+                if change.moments is None or any(state.shape != shape for state in sized.values()):
+                    inner.state.pop(wide, None)
+                else:
+                    how = {"exp_avg_sq": change.squares or change.moments}
+                    states.update({key: how.get(key, change.moments)(state) for key, state in sized.items()})
+            self.waiting = {key: one for key, one in self.waiting.items() if key[0] is not wide}
 
     # ---- saved and restored
 
@@ -271,7 +291,7 @@ class Optimizer:
         if faults:
             raise QtuneError(
                 "Q409",
-                f"the optimizer's states do not fit: {'; '.join(faults[:SHOWN])}{' ...' * (len(faults) > SHOWN)}",
+                f"the optimizer's states do not fit: {listed(faults, between='; ')}",
             )
 
     def state_bytes(self) -> int:
@@ -293,6 +313,17 @@ class Optimizer:
         """Release all gradients without an update."""
         for bucket in self.buckets.values():
             bucket.drop_gradients()
+
+    @torch.no_grad()
+    def follow(self, changes: Changes) -> None:
+        """Let parameters change as a method says, with their masters and states."""
+        for bucket in self.buckets.values() if changes else ():
+            if self.host:
+                bucket.make_room()
+                bucket.bring()
+            bucket.change(changes)
+            if self.host:
+                self._beside(partial(bucket.give_back, self._stream))
 
     def step(self, factor: float) -> None:
         """One update at lr * factor, then the gradients are released."""

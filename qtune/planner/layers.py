@@ -254,8 +254,18 @@ class _Extension:
         where = self._renamed(trace.where[block], layer)
         new = out.add(trace.sizes[block], trace.ops[block], where, trace.kinds[block], len(out.segments) - 1)
         if block in trace.names:
-            out.names[new] = self._renamed(trace.names[block], layer)
+            out.names[new] = self._renamed(trace.names[block], self._named_after(block, layer))
         return new
+
+    def _named_after(self, block: int, layer: int | None) -> int | None:
+        """The layer that a block's name tells, where the block is born in `layer`: another one if layers share a
+        parameter, which is named after the first of them and gets its gradient from the last."""
+        trace, start = self.trace, self.pattern.path + "."
+        number = trace.names[block].removeprefix(start).partition(".")[0]
+        if layer is None or not number.isdigit() or int(number) == trace.segments[trace.born[block]].layer:
+            return layer
+        first = int(number)
+        return first + (self.pattern.count - TRACED) * self.pattern.period if self._unit(first) == TAIL else first
 
     def _renamed(self, name: str, layer: int | None) -> str:
         start = self.pattern.path + "."

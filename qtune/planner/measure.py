@@ -263,7 +263,7 @@ def _steps(model: Any, recipe: Recipe, batches: Sequence[Any]) -> None:
     model.train()
     step = TrainStep(language, optimizer_of(model, recipe.train, recipe.memory), clip=recipe.train.clip)
     for number in range(1, STEPS + 1):
-        step(batches, number, STEPS, 1.0)
+        step(batches, number, sys.maxsize, 1.0)
 
 
 def tiny_steps() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..adapters import adapt
+from ..adapters import METHODS, adapt
 from ..errors import QtuneError
 from ..memory.cuda import ALLOCATOR, EXPANDABLE, expandable
 from ..model.skeleton import build
@@ -194,7 +194,9 @@ def maker(model: Model, recipe: Recipe) -> Callable[[], Any]:
     def make() -> Any:
         fresh = type(model.config).from_dict(config)  # tracing cuts layers off its own copy
         made = build(fresh, recipe.scheme, embeddings=recipe.embeddings, dtype=DTYPES[recipe.dtype])
-        adapt(made, recipe.adapter)
+        sites = adapt(made, recipe.adapter)
+        adapters = {name: site.adapter for name, site in sites.items()}
+        METHODS[recipe.adapter.method].worst(adapters, recipe.train.steps)
         give_rows(made, tokens, recipe.tokens.start)
         return made
 

@@ -7,6 +7,7 @@ states are made in the first and are there throughout the second.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -119,7 +120,8 @@ def step_trace(
                 step.gradients(batches, 1.0)
             tracer.enter(Segment(UPDATE))
             _name_gradients(tracer, model)
-            step.update(1.0, number, steps, 1.0)
+            step.penalty()
+            step.update(1.0, number, sys.maxsize, 1.0)  # the first of many: nothing is due yet
             tracer.enter(Segment(AFTER))
     return tracer.stop(), start
 
@@ -213,7 +215,8 @@ def _steps(
                         tracer.follow(parameter.grad, made[name])
                 tracer.enter(Segment(UPDATE))
                 optimizer.begin(1.0)
-                step.update(1.0, number, STEPS, 1.0)
+                step.penalty()
+                step.update(1.0, number, sys.maxsize, 1.0)
                 tracer.enter(Segment(AFTER))
     trace = tracer.stop()
     trace.waiting, trace.files = waiting + trace.costs.waiting(), files + trace.costs.waiting(DISK)
