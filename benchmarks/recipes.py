@@ -1,19 +1,25 @@
 """One short run of each recipe in configs/methods/, on the demo's model and task: what the headers of the recipes say.
 
-    python benchmarks/recipes.py [NAME ...]     runs the recipes that have no row yet (named ones: anew); writes
-                                                results/recipes.jsonl and the line `# measured:` of each recipe
-Each run is a process of its own. The task is the demo's: is a headline satire or news? 60 steps of 8 headlines.
+    python benchmarks/recipes.py [--jobs N] [NAME ...]  runs the recipes that have no row yet (named ones: anew); writes
+                                                        results/recipes.jsonl and `# measured:` of each recipe
+Each run is a process of its own, N at a time, which share the cores; its time is that of the CPU, all threads together.
+The task is the demo's: is a headline satire or news? 60 steps of 8 headlines.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
 import resource
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from results import machine, read_rows
@@ -32,21 +38,35 @@ RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
 
 
 def main() -> None:
-    names = sys.argv[1:]
-    if names[:1] == ["--one"]:
-        print(json.dumps(one(Path(names[1]), names[2])))
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(one(Path(sys.argv[2]), sys.argv[3])))
         return
+    parser = argparse.ArgumentParser(description="One short run of each recipe in configs/methods/.")
+    paths = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes to run, also where they have a row")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time, which share the cores")
+    options = parser.parse_args()
+    if unknown := sorted({*options.names} - {*paths}):
+        parser.error(f"{FOLDER} has no {', '.join(unknown)}; it has {', '.join(paths)}")
     fetch(ROOT / "demo", Screen())
     done = {row["recipe"]: row for row in (read_rows(RESULTS) if RESULTS.is_file() else [])}
-    for path in sorted(FOLDER.glob("*.yaml")):
-        if path.stem in names or not (names or path.stem in done):
-            with tempfile.TemporaryDirectory() as out:
-                command = [sys.executable, __file__, "--one", str(path), out]
-                text = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
-            done[path.stem] = {**json.loads(text.splitlines()[-1]), "command": f"python {sys.argv[0]}", **machine()}
-            RESULTS.write_text("".join(json.dumps(done[name]) + "\n" for name in sorted(done)))
-        if path.stem in done:
-            path.write_text(MEASURED.sub("# measured: " + told(done[path.stem]), path.read_text()))
+    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    writing = Lock()
+
+    def run(name: str) -> None:
+        with tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, __file__, "--one", str(paths[name]), out]
+            env = os.environ | {"OMP_NUM_THREADS": threads}
+            text = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+        with writing:
+            done[name] = {**json.loads(text.splitlines()[-1]), "command": "python benchmarks/recipes.py", **machine()}
+            RESULTS.write_text("".join(json.dumps(done[key]) + "\n" for key in sorted(done)))
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(run, options.names or [name for name in paths if name not in done]))
+    for name, path in paths.items():
+        if name in done:
+            path.write_text(MEASURED.sub("# measured: " + told(done[name]), path.read_text()))
 
 
 def one(path: Path, out: str) -> dict[str, object]:
@@ -70,17 +90,16 @@ def one(path: Path, out: str) -> dict[str, object]:
         "first_loss": losses[0],
         "last_loss": sum(losses[-10:]) / len(losses[-10:]),
         "start": sum(starts) / len(starts) if starts else None,
-        "seconds": result.seconds,
+        "cpu_seconds": time.process_time(),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def told(row: dict[str, object]) -> str:
+def told(row: dict[str, Any]) -> str:
     """The line of a header."""
-    hardware: Any = row["hardware"]
-    values = {**row, "peak": size(int(str(row["peak_bytes"]))), "cores": hardware["cores"]}
+    values = {**row, "peak": size(row["peak_bytes"])}
     return (
-        "{steps} steps in {seconds:.0f} s on {cores} CPU cores, peak {peak}, {trained:,} trained;\n"
+        "{steps} steps, {cpu_seconds:.0f} s of a CPU core with loading and start, peak {peak}, {trained:,} trained;\n"
         "#   loss {first_loss:.2f} -> {last_loss:.2f}; {accuracy:.1%} of {examples} held-out headlines right, "
         "{chance:.1%} by always giving one answer"
     ).format(**values)
