@@ -453,12 +453,12 @@ SAME_FILE = {
 def packing_table(rows: list[dict[str, Any]]) -> list[str]:
     """Padded micro-batches and packed rows."""
     table = [
-        "| micro-batch | padding | tokens/s (p20 to p80) | times padded | loss |",
+        "| micro-batch | padding | tokens/s (steps: p20 to p80) | times padded | loss |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        low, speed, high = (row[f"p{n}_tokens_per_s"] for n in (20, 50, 80))
-        times = speed / rows[0]["p50_tokens_per_s"]
+        low, speed, high = (row[f"{part}tokens_per_s"] for part in ("p20_", "", "p80_"))
+        times = speed / rows[0]["tokens_per_s"]
         table.append(
             f"| {row['way']}, {row['capacity']} | {row['empty']:.1%} | {speed:,.0f} ({low:,.0f} to {high:,.0f}) "
             f"| {times:.2f} | {row['loss']:.5f} |"

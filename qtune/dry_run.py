@@ -27,7 +27,7 @@ from .recipe import Recipe
 from .report.record import Recorder
 from .report.trackers import check_trackers
 from .runs import check_files, pick_device, refuse_ranks, tokenizer_of
-from .safe_io import claimed
+from .safe_io import alone, claimed
 from .screen import Screen, count, duration, size
 from .sections import MemoryKeys
 from .trainer import (
@@ -134,7 +134,7 @@ def _output(recipe: Recipe, folder: Path, overwrite: bool, start_from: Path | No
         check_start(recipe, start_from, folder)
     if not overwrite:
         check_free(folder)
-    with suppress(_Undone), claimed(folder):
+    with suppress(_Undone), claimed(folder), alone(folder):
         raise _Undone
     replaced = ", and replaces the run in it" if overwrite and folder.exists() else ""
     return True, f"{folder} can be written to{replaced}"

@@ -1,9 +1,9 @@
 """The loop over steps: evaluation, metrics, checkpoints, stops. The Trainer takes built objects and knows no method and
 no scheme.
 
-A run can end in five ways, and in each all that was saved is whole: done; Ctrl-C or SIGTERM (saved after the step at
-hand); a loss that is not finite, an error, a killed process (the last checkpoint stays). From a checkpoint it goes on
-as if it had never been stopped.
+A run can end in five ways, and in each all that was saved is whole: done; Ctrl-C, SIGTERM or SIGHUP (saved after the
+step at hand); a loss that is not finite, an error, a killed process (the last checkpoint stays). From a checkpoint it
+goes on as if it had never been stopped.
 """
 
 from __future__ import annotations

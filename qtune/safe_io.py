@@ -113,6 +113,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the existing `folder` against other processes that ask for the same; the system lets go when this process
+    ends, however it does. Nobody is held off on Windows, nor where a network's file system has no such locks."""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise QtuneError(
+                "Q415", f"{folder} is being written to by another run of qtune: wait for its end, stop it, or choose "
+                "another folder with output=..."
+            ) from error  # fmt: skip
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Make `folder` and prove that it can be written to, before hours of work go into what it shall hold. On an error
     inside of the block the folders that this made go again, where they are empty."""

@@ -168,8 +168,9 @@ def count(n: int) -> str:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM set a flag that the loop reads between steps, so that no step is left half done. A second
-    Ctrl-C stops at once; a second SIGTERM does not, as some schedulers send several."""
+    """Ctrl-C, SIGTERM and SIGHUP (a closed terminal, unless `nohup` has it ignored) set a flag that the loop reads
+    between steps, so that no step is left half done. A second Ctrl-C stops at once; a second SIGTERM does not, as some
+    schedulers send several."""
     asked = False
 
     def handler(signum: int, frame: Any) -> None:
@@ -182,7 +183,10 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
     before: dict[int, Any] = {}
     try:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # which Windows has not
+        for signum in {signal.SIGINT, signal.SIGTERM, hangup}:
+            if signum == hangup and signal.getsignal(signum) == signal.SIG_IGN:
+                continue
             before[signum] = signal.signal(signum, handler)
     except ValueError:  # not in the main thread: the program that runs us handles its own signals
         yield lambda: False

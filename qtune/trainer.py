@@ -59,7 +59,7 @@ from .runs import (
     tokenizer_of,
     told_of_memory,
 )
-from .safe_io import claimed, write_text
+from .safe_io import alone, claimed, write_text
 from .screen import Screen, size
 from .state import Checkpoints, Saved, adapter_in, clear, newest, read_metrics, run_of, set_aside, steps_in, tidy
 from .step import LanguageModel, NonFinite
@@ -92,13 +92,14 @@ def train(
         )
     check_trackers(recipe.train.trackers)
     folder = Path(recipe.output).expanduser()
-    saved = _saved(recipe, folder, screen) if resume else None
-    if saved is None and start_from is not None:
-        check_start(recipe, start_from, folder)
-    if saved is None and not overwrite:
-        check_free(folder)
-    with claimed(folder), Recorder(recipe, folder, screen) as record:
-        return _train(recipe, folder, screen, start_from, saved, record)
+    with claimed(folder), alone(folder):
+        saved = _saved(recipe, folder, screen) if resume else None
+        if saved is None and start_from is not None:
+            check_start(recipe, start_from, folder)
+        if saved is None and not overwrite:
+            check_free(folder)
+        with Recorder(recipe, folder, screen) as record:
+            return _train(recipe, folder, screen, start_from, saved, record)
 
 
 def _train(

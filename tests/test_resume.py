@@ -32,7 +32,7 @@ from qtune.optim import Optimizer
 from qtune.optim.early import Early
 from qtune.recipe import Recipe
 from qtune.runs import METRICS, open_run
-from qtune.screen import Screen
+from qtune.screen import Screen, deferred_interrupt
 from qtune.state import folder_of, newest, steps_in
 from qtune.step import TrainStep
 from qtune.trainer import TrainResult, train
@@ -452,17 +452,56 @@ def test_the_best_becomes_the_runs_adapter(tmp_path: Path, monkeypatch: pytest.M
 # ---- asked to stop
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(1, marks=pytest.mark.slow)])
-def test_sigterm_saves_and_says_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], times: int
+@pytest.mark.parametrize(
+    ("number", "times"),
+    [(signal.SIGTERM, 3), (signal.SIGHUP, 1), pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow)],
+)
+def test_signals_save_and_say_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, times: int
 ) -> None:
-    press(monkeypatch, *[signal.SIGTERM] * times)
+    press(monkeypatch, *[number] * times)
     (tmp_path / "r.yaml").write_text(small(tmp_path).to_yaml())
     with pytest.raises(SystemExit):
         main(["train", str(tmp_path / "r.yaml")])
     told = capsys.readouterr()
     assert f"go on:  qtune train {tmp_path}/run --resume" in told.out and "stopping after this step" in told.err
-    assert steps_in(tmp_path / "run") == [2, 3] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert steps_in(tmp_path / "run") == [2, 3] and signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with deferred_interrupt() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from qtune.safe_io import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_trained_into_by_one(tmp_path: Path) -> None:
+    """Also asked by a dry run; a process that was killed holds nothing."""
+    recipe = small(tmp_path)
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(QtuneError, match="is being written to by another run"):
+            train(recipe)
+        (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+        assert main(["train", "--dry-run", str(tmp_path / "r.yaml")]) == 1
+        other.kill()
+    assert not list((tmp_path / "run").iterdir())
+    assert train(recipe).steps == 6
 
 
 def press(monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:

@@ -266,4 +266,8 @@ The run was made with train.save 0, or its checkpoints were removed, so it canno
 Q414 A start from another adapter or base
 --from takes weights of a run, and the recipe's adapter or base is another one.
 > Give the recipe the same adapter and scheme sections as the run has.
+
+Q415 A folder in which a run is under way
+Another process of qtune trains into this folder.
+> Wait for its end, stop it, or choose another output=FOLDER.
 """
