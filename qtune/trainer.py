@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .adapters import adapted_sites
+from .adapters import METHODS, adapted_sites
 from .adapters.files import (
     FIRST,
     INFO,
@@ -209,8 +209,9 @@ def carrying_adapter(
     if start_from is not None:
         adapter, _ = adapter_in(start_from)
         model, _ = load_base(recipe, screen, kept=kept_in(run_of(start_from), adapter))
-        load_adapter(model, adapter)
+        sites = load_adapter(model, adapter)
         check_tokens(model, recipe, tokenizer, adapter)
+        METHODS[recipe.adapter.method].taken_over({name: site.adapter for name, site in sites.items()})
         return model
     return start_base(recipe, screen, calibration_text(recipe, tokenizer, screen, examples), tokens)
 

@@ -205,6 +205,10 @@ class Adapter(nn.Module):
         value}. `options` have the defaults filled in."""
         return {}
 
+    @classmethod
+    def taken_over(cls, adapters: Mapping[str, Adapter]) -> None:
+        """Called once where a run starts from the adapter of another run, with its values in place."""
+
     # ---- in time: steps are 1-based, `adapters` are all of them by site; what hangs on values is left out on meta
 
     @classmethod

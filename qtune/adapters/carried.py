@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import QtuneError, listed
 from .base import QuantLinear, replace_values
 
 LOST = 0.005  # of the norm of what is carried: what one cut may lose; the rest of 1 % is for rounding to the dtype
@@ -83,6 +84,15 @@ def tell_full(method: str, full: Sequence[str]) -> None:
             f"{1 - LOST:.1%}: no new cycle begins there, the factors train on; a larger carry takes more",
             stacklevel=2,
         )
+
+
+def refuse_full(full: Sequence[str]) -> None:
+    """Raises QtuneError where at these sites, each told with its `carry`, one more task is not held."""
+    if full:
+        raise QtuneError(
+            "Q416", f"adapter.carry does not hold one more task without loss at {listed(full, 3)}: merge the run and "
+            "begin a new chain on the merged model, or begin it anew with a larger adapter.carry",
+        )  # fmt: skip
 
 
 # ---- cycles

@@ -270,4 +270,8 @@ Q414 A start from another adapter or base
 Q415 A folder in which a run is under way
 Another process of qtune trains into this folder.
 > Wait for its end, stop it, or choose another output=FOLDER.
+
+Q416 A chain of tasks that is full
+O-LoRA carries what earlier tasks learned at a rank of at most adapter.carry, and one more task would not fit.
+> Merge the run and begin a new chain on the merged model, or begin the chain anew with a larger adapter.carry.
 """
