@@ -1,10 +1,10 @@
 """Time and memory of reading and tokenizing data, against the tokenizer alone on the same texts.
 
     python benchmarks/tokenizing.py [--megabytes N]      writes benchmarks/results/tokenizing.jsonl and prints the table
-SmolLM2's tokenizer on stretches of the demo's text of 200 to 4,000 characters: as plain text and as prompts with
-answers; as conversations, whose template is rendered outside of the clock for the tokenizer alone. A process for each
-measurement, in turns; the ratio is of the medians. Alone, the tokenizer gets a thousand texts a call and keeps nothing.
-Memory is the peak of the process, with everything that is imported and all examples.
+SmolLM2's tokenizer on stretches of the demo's text of 200 to 4,000 characters: as plain text; as prompts with answers,
+cut between two words; as conversations, whose template is rendered outside of the clock for the tokenizer alone. A
+process for each measurement, in turns; the ratio is of the medians. Alone, the tokenizer gets a thousand texts a call
+and keeps nothing. Memory is the peak of the process, with everything that is imported and all examples.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def write_data(folder: Path, text: str, megabytes: float) -> dict[str, Path]:
         length = draw.randint(SHORTEST, LONGEST)
         start = draw.randrange(max(1, len(text) - length))
         one = text[start : start + length]
-        asked, answer = one[: length // 4], one[length // 4 :]
+        edge = max(one.find(" ", length // 4), 1)
+        asked, answer = one[:edge], one[edge:]
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         for form, record in zip(
             FORMS, ({"text": one}, {"prompt": asked, "completion": answer}, {"messages": turns}), strict=True
