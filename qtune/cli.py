@@ -20,6 +20,8 @@ from .completion import options as completion_options
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory, one_of
 from .evaluation.command import options as eval_options
 from .explain.command import options as explain_options
+from .export_command import options as export_options
+from .import_command import options as import_options
 from .init_command import options as init_options
 from .planner.command import options as plan_options
 from .report.command import compare_options, report_options
@@ -65,15 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint that lies in DIR")
     sub.add_argument("--device", help="auto, cuda, mps or cpu; default: the recipe's")
 
-    sub = command("export", "Write the adapter of a run as PEFT reads it.")
-    sub.add_argument("run", metavar="RUN", help="folder of a run")
-    sub.add_argument("--out", metavar="DIR", required=True, help="folder to write")
-    sub.add_argument(
-        "--keep-base",
-        help="trained: for the packed base (default); original: what was learned, for the weights before quantization "
-        "(default where no other tool has that base)",
-    )
-
+    export_options(command("export", "Write the adapter of a run as PEFT reads it."))
+    import_options(command("import", "Take an adapter that PEFT wrote, as the folder of a run."))
     report_options(command("report", "Write the page of a run: curves, memory, samples, recipe, in one HTML file."))
     compare_options(command("compare", "Lay runs side by side: results, and where their recipes differ."))
     _model_commands(command)
@@ -271,23 +266,15 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from .export import KEEP_BASE, export_peft
-    from .runs import open_run
+    from .export_command import export
 
-    screen = _screen(args)
-    if args.keep_base not in (None, *KEEP_BASE):
-        raise one_of("--keep-base", args.keep_base, KEEP_BASE)
-    run = open_run(Path(args.run), screen, device="cpu")
-    kl = export_peft(run, Path(args.out), screen, args.keep_base)
-    screen.line(f"wrote {args.out}: peft.PeftModel.from_pretrained(base, {args.out!r})")
-    if kl is None:
-        screen.line(f"it goes on the base that it was trained on: {run.recipe.model} in {run.recipe.scheme}")
-    else:
-        screen.line(
-            f"it goes on the original weights; there the quantization error is gone: KL(trained || exported) "
-            f"{kl:.2e} nats a token"
-        )
-    _emit(args, {"out": args.out, "format": "peft", "kl": kl})
+    export(args, _screen(args), lambda value: _emit(args, value))
+
+
+def _import(args: argparse.Namespace) -> None:
+    from .import_command import import_command
+
+    import_command(args, _screen(args), lambda value: _emit(args, value))
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -383,6 +370,7 @@ COMMANDS = {
     "eval": _eval,
     "merge": _merge,
     "export": _export,
+    "import": _import,
     "report": _report,
     "compare": _report,
     "chat": _chat,

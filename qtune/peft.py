@@ -2,7 +2,7 @@
 
 PEFT itself is not needed. The weights are the trained ones, so the loaded adapter computes the same on the same base
 weights; on others (the unquantized checkpoint, another quantizer) it differs by the quantization error. That includes
-DoRA's magnitude, which is a norm of the packed rows. Left out: import from PEFT.
+DoRA's magnitude, which is a norm of the packed rows. The way back: peft_import.py.
 """
 
 from __future__ import annotations

@@ -26,7 +26,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Adapter, Change, Changes, PeftNames, QtuneError, QuantLinear, Source, draw, replace_values, trainable
+from .base import (
+    Adapter,
+    Change,
+    Changes,
+    FromPeft,
+    PeftNames,
+    QtuneError,
+    QuantLinear,
+    Source,
+    draw,
+    replace_values,
+    trainable,
+)
+from .peft_names import padded
 from .starts import check_rank, halves
 
 MEAN, DOUBT, SEEN, GRACE = slice(0, 3), slice(3, 6), 6, 7  # rows of `history`; the slices: of sigma, P and Q
@@ -41,7 +54,8 @@ class AdaLoRA(Adapter):
         peft_type="ADALORA",
         tensors={"P": "lora_B", "sigma": "lora_E", "Q": "lora_A"},
         options={"dropout": "lora_dropout", "penalty": "orth_reg_weight"},
-        constants={"total_step": 1},  # PEFT asks for one; what is exported is trained
+        native=True,
+        reads=("init_r", "target_r", "lora_alpha", "rank_pattern", "r", "total_step", "tinit", "tfinal", "deltaT"),
     )
     grows: ClassVar[Mapping[str, tuple[int, str]]] = MappingProxyType(
         {"P": (1, "rank"), "sigma": (0, "rank"), "Q": (0, "rank"), "history": (1, "rank")}
@@ -117,10 +131,29 @@ class AdaLoRA(Adapter):
         first, most = next(iter(adapters.values())), max(ranks.values())
         assert isinstance(first, AdaLoRA)
         config = {"init_r": most, "target_r": round(first.target), "lora_alpha": first.scale * (most + 1e-5)}
+        config["total_step"] = 1  # PEFT asks for one; what is exported is trained
         if min(ranks.values()) == most:
             return config
         pattern = {f"{name}.lora_E": [i < rank for i in range(most)] for name, rank in ranks.items()}
         return config | {"rank_pattern": pattern}
+
+    @classmethod
+    def from_peft(cls, given: FromPeft) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        options, sites = super().from_peft(given)
+        first, target = given.value("init_r", 1), given.value("target_r", 1)
+        options |= {"rank": first, "target": float(target), "alpha": given.value("lora_alpha", 1.0)}
+        options["alpha"] *= first / (first + 1e-5)
+        kept = given.config.get("rank_pattern") or {}
+        rows = kept.values() if isinstance(kept, dict) else ["no mapping"]
+        if not all(isinstance(row, list) and all(type(one) is bool for one in row) for row in rows):
+            raise QtuneError("Q417", f"adapter_config.json: rank_pattern is {kept!r}; legal: lists of true and false")
+        for site, found in sites.items():
+            rank, sigma = sum(kept.get(f"{site}.lora_E", [True] * first)), found["sigma"]
+            for name, dim in (("P", 1), ("Q", 0)):
+                padded(found[name], dim, rank, rank, site)  # nothing to add: is it the rank of the config?
+            found["sigma"] = sigma[:, 0] if sigma.dim() == 2 and sigma.shape[1] == 1 else sigma
+            found["history"] = torch.zeros(ROWS, rank)
+        return options, sites
 
     # ---- in time
 

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import QtuneError, one_of
 from ..quant import Dense, QuantLinear, Scheme
 from ..quant import matches as matches  # for methods, which import no other room
+from .peft_names import FromPeft as FromPeft
+from .peft_names import PeftNames as PeftNames
 
 METHODS: dict[str, type[Adapter]] = {}
 """Every adapter method by its name, as recipes call it; `METHODS["lora"].options()` has its options."""
@@ -82,21 +84,6 @@ class Change:
 
 
 Changes = Mapping[nn.Parameter, Change]
-
-
-@dataclass(frozen=True)
-class PeftNames:
-    """How PEFT names a method: one table for both directions. tensors, shared and options map ours to PEFT's.
-
-    constants go into its config; conv1d: does PEFT put the method on transformers' Conv1D?
-    """
-
-    peft_type: str
-    tensors: Mapping[str, str]
-    options: Mapping[str, str]
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    shared: Mapping[str, str] = field(default_factory=dict)
-    conv1d: bool = True
 
 
 class Adapter(nn.Module):
@@ -185,6 +172,15 @@ class Adapter(nn.Module):
     def peft_config(cls, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         """Keys of PEFT's config that say what the sites came to hold; `adapters` are all of them by site."""
         return {}
+
+    @classmethod
+    def from_peft(cls, given: FromPeft) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """The inverse of `peft_state`, `peft_lists` and `peft_config`: options, and by site our tensors of an adapter
+        of PEFT's, whose sites have the tensors of the table and no others. Raises QtuneError for what it cannot be."""
+        assert cls.peft is not None
+        options = {ours: given.value(theirs, cls.options()[ours].default) for ours, theirs in cls.peft.options.items()}
+        names = cls.peft.tensors.items()
+        return options, {n: {ours: found[theirs] for ours, theirs in names} for n, found in given.sites.items()}
 
     def penalty(self) -> Tensor | None:
         """A term added to the loss, or None."""

@@ -21,7 +21,11 @@ class HiRA(Adapter):
     """Hadamard product of W and a low-rank matrix."""
 
     peft: ClassVar[PeftNames | None] = PeftNames(
-        peft_type="HIRA", tensors={"A": "hira_A", "B": "hira_B"}, options={"rank": "r"}
+        peft_type="HIRA",
+        tensors={"A": "hira_A", "B": "hira_B"},
+        options={"rank": "r"},
+        native=True,
+        reads=("hira_dropout",),
     )
 
     def __init__(self, base: QuantLinear, *, rank: int = 32) -> None:

@@ -18,14 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Adapter, PeftNames, QuantLinear, Source, draw, trainable
+from .base import Adapter, FromPeft, PeftNames, QuantLinear, Source, draw, trainable
 
 
 class HRA(Adapter):
     """A chain of reflections of the input."""
 
     peft: ClassVar[PeftNames | None] = PeftNames(
-        peft_type="HRA", tensors={"u": "hra_u"}, options={"rank": "r"}, constants={"apply_GS": False}, conv1d=False
+        peft_type="HRA",
+        tensors={"u": "hra_u"},
+        options={"rank": "r"},
+        constants={"apply_GS": False},
+        conv1d=False,
+        native=True,
     )
 
     def __init__(self, base: QuantLinear, *, rank: int = 8) -> None:
@@ -57,6 +62,11 @@ class HRA(Adapter):
 
     def peft_state(self) -> dict[str, Tensor]:
         return {"hra_u": self.u.T.contiguous()}
+
+    @classmethod
+    def from_peft(cls, given: FromPeft) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        options, sites = super().from_peft(given)
+        return options, {site: {"u": u.T if (u := found["u"]).dim() == 2 else u} for site, found in sites.items()}
 
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> list[str]:

@@ -7,12 +7,14 @@ hold 1.003.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import Adapter, PeftNames, QuantLinear, Source, matches, trainable
+from .base import Adapter, FromPeft, PeftNames, QtuneError, QuantLinear, Source, matches, trainable
+from .peft_names import matches_whole
 
 FEEDFORWARD = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "w2")
 
@@ -22,7 +24,7 @@ class IA3(Adapter):
 
     targets: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj", "down_proj")
     peft: ClassVar[PeftNames | None] = PeftNames(
-        peft_type="IA3", tensors={"scale": "ia3_l"}, options={}, constants={"feedforward_modules": []}
+        peft_type="IA3", tensors={"scale": "ia3_l"}, options={}, native=True, reads=("feedforward_modules",)
     )
 
     def __init__(self, base: QuantLinear, *, feedforward: tuple[str, ...] = FEEDFORWARD) -> None:
@@ -54,3 +56,28 @@ class IA3(Adapter):
 
     def peft_lists(self) -> tuple[str, ...]:
         return ("feedforward_modules",) if self.on_inputs else ()
+
+    @classmethod
+    def peft_config(cls, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+        return {"feedforward_modules": []}  # unless sites are in it
+
+    @classmethod
+    def from_peft(cls, given: FromPeft) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """A site scales its inputs where PEFT takes it for a feed-forward one; its tensor must be one row then, else
+        one column."""
+        listed = given.config.get("feedforward_modules") or []
+        if isinstance(listed, str):
+            inputs = [site for site in given.sites if matches_whole(listed, site, "feedforward_modules")]
+        elif isinstance(listed, list) and all(isinstance(end, str) for end in listed):
+            inputs = [site for site in given.sites if site.endswith(tuple(listed))]
+        else:
+            raise QtuneError("Q417", f"adapter_config.json: feedforward_modules is {listed!r}; legal: names of layers")
+        short = isinstance(listed, list) and all(
+            any(matches(site, end) for end in listed) == (site in inputs) for site in given.sites
+        )
+        sites = {}
+        for site, found in given.sites.items():
+            scale, dim = found["ia3_l"], 0 if site in inputs else 1
+            flat = scale.dim() == 2 and scale.shape[dim] == 1
+            sites[site] = {"scale": scale.select(dim, 0) if flat else scale}
+        return {"feedforward": tuple(listed if short else inputs)}, sites

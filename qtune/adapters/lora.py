@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Adapter, PeftNames, QuantLinear, Source, draw, trainable
+from .base import Adapter, FromPeft, PeftNames, QuantLinear, Source, draw, trainable
+from .peft_names import padded
 
 NAMES = PeftNames(
     peft_type="LORA",
     tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
     options={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"},
+    native=True,
+    reads=("rank_pattern", "alpha_pattern"),
 )
 
 
@@ -77,6 +80,25 @@ class LoRA(Adapter):
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
         weight = base.dequantize(torch.float32).addmm_(self.B.float(), self.A.float(), alpha=self.scale)
         return weight, None if base.bias is None else base.bias.float()
+
+    @classmethod
+    def from_peft(cls, given: FromPeft) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """Sites of other ranks get zeros up to the largest one, and B of other scales is multiplied: what is computed
+        is the same."""
+        options, sites = super().from_peft(given)
+        power = 0.5 if options.get("rslora") else 1.0
+        ranks = {site: given.at(site, "rank_pattern", options["rank"]) for site in sites}
+        alphas = {site: given.at(site, "alpha_pattern", options["alpha"]) for site in sites}
+        scales = {site: alphas[site] / max(ranks[site], 1) ** power for site in sites}
+        most, common = max(ranks.values()), next(iter(scales.values()))
+        if any(given.config.get(key) for key in ("rank_pattern", "alpha_pattern")):
+            options |= {"rank": most, "alpha": common * most**power}
+        for site, found in sites.items():
+            found["A"] = padded(found["A"], 0, ranks[site], most, site)
+            found["B"] = padded(found["B"], 1, ranks[site], most, site)
+            if scales[site] != common and common > 0:
+                found["B"] = found["B"].float() * (scales[site] / common)
+        return options, sites
 
     def lr_scale(self) -> dict[str, float]:
         return {} if self.plus == 1.0 else {"B": self.plus}

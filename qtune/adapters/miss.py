@@ -26,6 +26,7 @@ class MiSS(Adapter):
         tensors={"D": "miss_block"},
         options={"rank": "r", "dropout": "miss_dropout"},
         conv1d=False,
+        native=True,
     )
 
     def __init__(self, base: QuantLinear, *, rank: int = 64, dropout: float = 0.0) -> None:

@@ -27,7 +27,7 @@ class PiSSA(LoRA):
 
     bound: ClassVar[float | None] = 1.0
     peft: ClassVar[PeftNames | None] = replace(
-        NAMES, options={ours: theirs for ours, theirs in NAMES.options.items() if ours != "dropout"}
+        NAMES, options={ours: theirs for ours, theirs in NAMES.options.items() if ours != "dropout"}, native=False
     )
 
     def __init__(

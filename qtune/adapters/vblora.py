@@ -56,7 +56,9 @@ class VBLoRA(Factored):
             "topk": "topk",
             "dropout": "vblora_dropout",
         },
+        constants={"save_only_topk_weights": False},
         shared={"vectors": "vblora_vector_bank"},
+        native=True,
     )
 
     def __init__(

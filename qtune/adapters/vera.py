@@ -2,7 +2,7 @@
 
 Kopiczko et al. 2023 (arXiv 2310.11454). A [rank, largest in] and B [largest out, rank] are cut to each site's shape. An
 integer hash of (seed, position) gives their values, so that they come out bit for bit the same on any machine and need
-not be saved. Start: d 0.1, b zero.
+not be saved. Start: d 0.1, b zero. `stored` saves them all the same: an adapter of PEFT's brings others.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Adapter, PeftNames, QuantLinear, Source, trainable
+from .base import Adapter, FromPeft, PeftNames, QuantLinear, Source, trainable
 
 
 class Projections(nn.Module):
-    """The two frozen matrices that all sites share; in no state dict."""
+    """The two frozen matrices that all sites share; in the state dict only where they are `stored`."""
 
     A: Tensor
     B: Tensor
 
-    def __init__(self, bases: Sequence[QuantLinear], rank: int, seed: int) -> None:
+    def __init__(self, bases: Sequence[QuantLinear], rank: int, seed: int, stored: bool) -> None:
         super().__init__()
         inputs, outputs = max(b.in_features for b in bases), max(b.out_features for b in bases)
         for stream, (name, shape) in enumerate((("A", (rank, inputs)), ("B", (outputs, rank)))):
             values = hashed_uniform(shape, 2 * seed + stream, bases[0].device)
             values = values.mul_(math.sqrt(6 / shape[1])).to(bases[0].dtype)  # Kaiming's bound for ReLU
-            self.register_buffer(name, values, persistent=False)
+            self.register_buffer(name, values, persistent=stored)
 
 
 class VeRA(Adapter):
@@ -42,6 +42,7 @@ class VeRA(Adapter):
         options={"rank": "r", "d_initial": "d_initial", "dropout": "vera_dropout"},
         constants={"save_projection": True},
         shared={"A": "vera_A", "B": "vera_B"},
+        native=True,
     )
 
     def __init__(
@@ -53,6 +54,7 @@ class VeRA(Adapter):
         d_initial: float = 0.1,
         dropout: float = 0.0,
         seed: int = 0,
+        stored: bool = False,
     ) -> None:
         super().__init__(base)
         self.shared_state, self.d_initial = shared, d_initial
@@ -62,7 +64,7 @@ class VeRA(Adapter):
 
     @classmethod
     def shared(cls, bases: Sequence[QuantLinear], **options: Any) -> nn.Module | None:
-        chosen = {name: options.get(name, cls.options()[name].default) for name in ("rank", "seed")}
+        chosen = {name: options.get(name, cls.options()[name].default) for name in ("rank", "seed", "stored")}
         return Projections(bases, **chosen)
 
     def reset(self, base: QuantLinear, source: Source | None = None) -> None:
@@ -84,6 +86,11 @@ class VeRA(Adapter):
         A, B = self.projections(base, torch.float32)
         weight = base.dequantize(torch.float32).addmm_(self.b.float().unsqueeze(1) * B * self.d.float(), A)
         return weight, None if base.bias is None else base.bias.float()
+
+    @classmethod
+    def from_peft(cls, given: FromPeft) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        options, sites = super().from_peft(given)
+        return options | {"stored": True}, sites
 
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> list[str]:

@@ -274,4 +274,14 @@ Another process of qtune trains into this folder.
 Q416 A chain of tasks that is full
 O-LoRA carries what earlier tasks learned at a rank of at most adapter.carry, and one more task would not fit.
 > Merge the run and begin a new chain on the merged model, or begin the chain anew with a larger adapter.carry.
+
+Q417 A PEFT adapter that cannot be read
+The folder lacks adapter_config.json or adapter_model.safetensors, one of them is damaged, a value is of another type
+than PEFT writes, or the weights are NaN. Pickle files are never opened.
+> Save the adapter again with a current PEFT: model.save_pretrained(FOLDER).
+
+Q418 A PEFT adapter that qtune has no form for
+Its method, or a setting that changes what it computes (whole modules saved beside it, trained biases, a start that
+changed the base), cannot be expressed here, and leaving it out would be another adapter.
+> Merge it in PEFT (merge_and_unload) and take the result as the base, or train again without what the message names.
 """

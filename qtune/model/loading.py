@@ -372,7 +372,7 @@ def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a folder, a hub id or a .gguf file. Raises QtuneError where there is none."""
     path = Path(model).expanduser()
     is_gguf = path.is_file() and path.suffix.lower() == ".gguf"
-    folder = path.parent if is_gguf else path if (path / "config.json").is_file() else open_source(model).path
+    folder = path.parent if is_gguf else path if path.is_dir() else open_source(model).path
     try:
         if is_gguf:  # AutoTokenizer would parse the whole vocabulary twice more, for a config that it does not need
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), gguf_file=path.name)
