@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .runs import Run, licences
+from .runs import Run, combined_from, licences
 from .sections import entries
 
 
@@ -27,7 +27,7 @@ def model_card(run: Run, dtype: str, keep_base: str, verified: Sequence[str]) ->
         "",
         f"- base model: {model}",
         f"- licence of the base: {names}",
-        f"- trained with qtune {__version__}: {recipe.adapter.method} on {recipe.scheme}, data {', '.join(data)}",
+        *_made(run, ", ".join(data)),
         *([f"- tokens with rows of their own: {', '.join(named)}"] if named else []),
         f"- merged onto {bases[keep_base]}, in {dtype}",
         "- verification against base + adapter:",
@@ -36,3 +36,11 @@ def model_card(run: Run, dtype: str, keep_base: str, verified: Sequence[str]) ->
         "",
     )
     return "\n".join(lines)
+
+
+def _made(run: Run, data: str) -> list[str]:
+    """How the adapter came to be."""
+    what = f"{run.recipe.adapter.method} on {run.recipe.scheme}"
+    if parts := combined_from(run.folder):
+        return [f"- combined with qtune {__version__} into one {what}:", *(f"    - {part}" for part in parts)]
+    return [f"- trained with qtune {__version__}: {what}, data {data}"]

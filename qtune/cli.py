@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .combining.command import options as combine_options
 from .completion import options as completion_options
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory, one_of
 from .evaluation.command import options as eval_options
@@ -24,6 +25,7 @@ from .export_command import options as export_options
 from .import_command import options as import_options
 from .init_command import options as init_options
 from .planner.command import options as plan_options
+from .quantize_command import options as quantize_options
 from .report.command import compare_options, report_options
 from .show_data import options as data_options
 from .train_command import options as train_options
@@ -69,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     export_options(command("export", "Write the adapter of a run as PEFT reads it."))
     import_options(command("import", "Take an adapter that PEFT wrote, as the folder of a run."))
+    combine_options(command("combine", "Make one adapter of several runs on one base."))
     report_options(command("report", "Write the page of a run: curves, memory, samples, recipe, in one HTML file."))
     compare_options(command("compare", "Lay runs side by side: results, and where their recipes differ."))
     _model_commands(command)
@@ -88,23 +91,7 @@ def _model_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> N
     sub.add_argument("--scheme", help="how a MODEL is quantized while loading; default: as it is packed, or nf4")
     sub.add_argument("--device", help="auto, cuda, mps or cpu; default: the recipe's, for a MODEL auto")
 
-    sub = command("quantize", "Write a packed checkpoint that loads without the original.")
-    sub.add_argument("model", metavar="MODEL", help="checkpoint folder, .gguf file or hub id")
-    sub.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="OPTION=VALUE",
-        help="scheme options, such as block=128; calibrate.samples=N, calibrate.length=N",
-    )
-    sub.add_argument("--scheme", default="nf4", help="one of `qtune schemes`; default nf4")
-    sub.add_argument("--codes", default="nearest", help="how codes are chosen: nearest (default), gptq, magr-gptq")
-    sub.add_argument("--data", metavar="FILE", help="text that gptq and magr-gptq choose by, as for training")
-    sub.add_argument("--embeddings", metavar="SCHEME", help="also pack embeddings and head, with this scheme")
-    sub.add_argument(
-        "--dtype", default="bfloat16", help="of what is not packed: bfloat16 (default), float16 or float32"
-    )
-    sub.add_argument("--out", metavar="DIR", required=True, help="folder to write")
-
+    quantize_options(command("quantize", "Write a packed checkpoint that loads without the original."))
     sub = command("keys", "List the keys of a recipe: what each means, its default, what is legal.")
     sub.add_argument("word", nargs="?", metavar="WORD", help="only keys that hold it, such as train or max_length")
     sub = command("methods", "List the adapter methods, or say all about one.")
@@ -277,6 +264,12 @@ def _import(args: argparse.Namespace) -> None:
     import_command(args, _screen(args), lambda value: _emit(args, value))
 
 
+def _combine(args: argparse.Namespace) -> None:
+    from .combining.command import combine_command
+
+    combine_command(args, _screen(args), lambda value: _emit(args, value))
+
+
 def _report(args: argparse.Namespace) -> None:
     from .report.command import compare, report
 
@@ -293,27 +286,9 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    from .quant.calibrate import CODES
-    from .recipe import Recipe
-    from .runs import quantize
-    from .screen import size
-    from .yaml_text import dump_yaml
+    from .quantize_command import quantize_command
 
-    screen = _screen(args)
-    if args.codes not in CODES:
-        raise one_of("--codes", args.codes, CODES)
-    if args.codes != "nearest" and args.data is None:
-        raise QtuneError("Q103", f"--codes {args.codes} chooses from text, and there is none; give --data FILE")
-    embeddings = [f"scheme.embeddings={args.embeddings}"] if args.embeddings else []
-    options = [*embeddings, *(o if o.startswith("calibrate.") else f"scheme.{o}" for o in args.overrides)]
-    tree = {"model": args.model, "scheme": args.scheme, "dtype": args.dtype}
-    recipe = Recipe.load(tree | {"calibrate": {"codes": args.codes, "data": args.data}}, options, training=False)
-    nbytes = quantize(recipe, Path(args.out), screen=screen)
-    screen.line(f"wrote {args.out}: {recipe.scheme}, {size(nbytes)}; use it in a recipe as")
-    screen.line(
-        dump_yaml({key: recipe.with_({"model": args.out}).to_dict()[key] for key in ("model", "scheme")}).rstrip()
-    )
-    _emit(args, {"out": args.out, "scheme": recipe.scheme.to_dict(), "bytes": nbytes})
+    quantize_command(args, _screen(args), lambda value: _emit(args, value))
 
 
 def _keys(args: argparse.Namespace) -> None:
@@ -371,6 +346,7 @@ COMMANDS = {
     "merge": _merge,
     "export": _export,
     "import": _import,
+    "combine": _combine,
     "report": _report,
     "compare": _report,
     "chat": _chat,

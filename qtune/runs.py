@@ -3,11 +3,13 @@
 A run holds recipe.yaml, adapter.safetensors, adapter.json, metrics.jsonl, run.json and report.html (qtune/report),
 checkpoints/ (qtune/state.py), and merged/ once merged. The folder of a checkpoint serves as a run, with the adapter of
 its step. Where the start of the adapter or the calibration chose codes of their own, base.safetensors holds them; where
-the adapter does not start as the identity, start.safetensors holds its first values.
+the adapter does not start as the identity, start.safetensors holds its first values. A run that was combined from
+others (qtune/combining) has combined.json in the place of metrics.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -51,6 +53,7 @@ from .vocabulary import Token, give_rows, rows_of
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+COMBINED = "combined.json"  # of a run that `qtune combine` made of others
 PLACED = {  # keys of `memory` that say where something waits -> what, where nothing else tells it
     "weights": "", "boundaries": "layers' inputs", "embeddings": "input table", "optimizer": "optimizer's states",
 }  # fmt: skip
@@ -83,6 +86,22 @@ def read_recipe(folder: Path) -> Recipe:
             f"{folder} is not a run: it lacks {' and '.join(missing)}; give the `output` folder of a `qtune train`",
         )
     return Recipe.load(run_of(folder) / RECIPE, training=False)
+
+
+def combined_from(folder: Path) -> list[str]:
+    """A line for each run that this one was combined from, with its weight; none of a run that was trained. Raises
+    QtuneError where the record is damaged."""
+    path = run_of(folder) / COMBINED
+    try:
+        made = json.loads(path.read_text("utf-8"))
+        pairs = zip(made["weights"], made["runs"], strict=True)
+        return [
+            f"{weight:g} x {Path(run['folder']).name} ({run['method']}, data {run['data']})" for weight, run in pairs
+        ]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QtuneError("Q411", f"{path} cannot be read: {error}") from error
 
 
 def open_run(folder: Path, screen: Screen, *, device: str | None = None) -> Run:

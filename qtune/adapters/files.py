@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from typing import Any
 import safetensors
 import safetensors.torch
 from torch import Tensor, nn
+from torch.utils import swap_tensors
 
 from .. import __version__
 from ..errors import QtuneError
 from ..quant import QuantLinear
 from ..safe_io import replacing, write_json
-from ..vocabulary import Token, build_rows, install_rows, rows_of
+from ..vocabulary import Built, Token, build_rows, install_rows, rows_of
 from .base import Adapted, Adapter, AdapterSpec, Start
 from .sites import SHARED, adapted_sites, build, install
 
@@ -110,7 +111,7 @@ def kept_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 def starts_elsewhere(model: nn.Module) -> bool:
     """Does the adapter that `model` carries start as something else than the identity?"""
-    return any(site.adapter.bound is not None for site in adapted_sites(model).values())
+    return any(site.start is not None or site.adapter.bound is not None for site in adapted_sites(model).values())
 
 
 def save_first(model: nn.Module, folder: str | Path) -> None:
@@ -127,6 +128,11 @@ def load_first(model: nn.Module, folder: str | Path, adapter: str | Path) -> Non
 
     Raises QtuneError where the run does not hold them, or holds others' names or shapes.
     """
+    fill_first(adapted_sites(model), getattr(model, SHARED, None), folder, adapter)
+
+
+def fill_first(sites: Mapping[str, Adapted], shared: nn.Module | None, folder: str | Path, adapter: str | Path) -> None:
+    """As `load_first`, of adapters that are in no model."""
     path = Path(folder) / FIRST
     try:
         content = path.read_bytes()
@@ -139,17 +145,21 @@ def load_first(model: nn.Module, folder: str | Path, adapter: str | Path) -> Non
         ) from error
     except safetensors.SafetensorError as error:
         raise QtuneError("Q403", f"{path} is no safetensors file: {error}") from error
-    expected = _adapters(model)
+    expected = _state(sites, shared)
     if faults := _compare(expected, tensors, set(), FIRST):
         raise QtuneError("Q404", f"{path} does not fit the adapter: {'; '.join(faults[:SHOWN])}")
     _fill(expected, tensors)
-    for site in adapted_sites(model).values():
+    for site in sites.values():
         site.adapter.prepare(site.base)
 
 
 def _fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     for name, value in expected.items():
-        value.data = tensors[name].to(value.device)
+        if value.is_meta:  # of a model without weights: the tensor itself takes the place
+            real = tensors[name]
+            swap_tensors(value, nn.Parameter(real, value.requires_grad) if isinstance(value, nn.Parameter) else real)
+        else:
+            value.data = tensors[name].to(value.device)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -170,6 +180,25 @@ def load_adapter(model: nn.Module, folder: str | Path, *, other_base: bool = Fal
     """
     if adapted_sites(model):
         raise QtuneError("Q405", "this model already carries an adapter; load the base again to put another one on it")
+    read = read_adapter(model, folder, other_base=other_base)
+    install(model, read.sites, read.shared)
+    if read.rows is not None:
+        install_rows(model, read.rows)
+    return adapted_sites(model)
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter that was read for a model and is not in it. rows: of tokens of its own."""
+
+    sites: dict[str, Adapted]
+    shared: nn.Module | None
+    rows: Built | None
+
+
+def read_adapter(model: nn.Module, folder: str | Path, *, other_base: bool = False) -> SavedAdapter:
+    """The saved adapter over the bases of `model`, which stays as it is: several may be read. Of a model on meta, whose
+    codes nobody can compare, only with `other_base`. Raises QtuneError as `load_adapter` does."""
     info = read_adapter_json(folder)
     tensors = _read_tensors(Path(folder) / TENSORS, info)
     spec = AdapterSpec.from_dict(info["adapter"]).checked()
@@ -189,10 +218,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, other_base: bool = Fal
     for name, site in sites.items():
         site.start = Start(**info["sites"][name]["start"]) if "start" in info["sites"][name] else None
         site.adapter.prepare(site.base)
-    install(model, sites, shared)
-    if own is not None:
-        install_rows(model, own)
-    return adapted_sites(model)
+    return SavedAdapter(sites, shared, own)
 
 
 def read_adapter_json(folder: str | Path) -> dict[str, Any]:

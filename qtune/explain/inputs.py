@@ -284,4 +284,10 @@ Q418 A PEFT adapter that qtune has no form for
 Its method, or a setting that changes what it computes (whole modules saved beside it, trained biases, a start that
 changed the base), cannot be expressed here, and leaving it out would be another adapter.
 > Merge it in PEFT (merge_and_unload) and take the result as the base, or train again without what the message names.
+
+Q419 Runs that do not go together
+Runs can be combined or compared weight by weight where they stand on the same packed base and began from the same
+values; rows of tokens can come from one of them only, and what changes a bias is no change of a weight.
+> Take runs of one base, scheme and start. Runs from starts that differ: train them with one train.seed and one
+calibrate.data, or with lora. Merge a run by itself where it fits no other.
 """

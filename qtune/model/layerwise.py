@@ -7,7 +7,7 @@ Kept between layers: the hidden states of the text, on the CPU. Left out: encode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,10 +108,11 @@ class Grams:
     """While entered, `sites` compute with the dense `weights` and the second moments of their inputs are summed up:
     once for all sites that read the same tensor.
 
-    sites: name -> layer, not packed yet. weights: name -> [out, in].
+    sites: name -> layer, not packed yet. weights: name -> [out, in]; None: each layer, adapted or not, computes as it
+    is.
     """
 
-    def __init__(self, sites: dict[str, QuantLinear], weights: dict[str, Tensor]) -> None:
+    def __init__(self, sites: Mapping[str, nn.Module], weights: Mapping[str, Tensor] | None) -> None:
         self.sites, self.weights = sites, weights
         self.leader: dict[str, str] = {}  # site -> the first site that reads the same tensor
         self.sums: dict[str, Tensor] = {}
@@ -120,13 +121,24 @@ class Grams:
 
     def __enter__(self) -> Grams:
         for name, site in self.sites.items():
-            site.forward = self._dense(name, site, self.weights[name])  # type: ignore[method-assign,assignment]
+            if self.weights is None:
+                site.forward = self._watched(name, site.forward)
+            else:
+                assert isinstance(site, QuantLinear)
+                site.forward = self._dense(name, site, self.weights[name])  # type: ignore[method-assign,assignment]
         return self
 
     def __exit__(self, *_: object) -> None:
         self._last = None
         for site in self.sites.values():
             del site.forward
+
+    def _watched(self, name: str, real: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            self._see(name, x)
+            return real(x)
+
+        return forward
 
     def _dense(self, name: str, site: QuantLinear, weight: Tensor) -> Callable[[Tensor], Tensor]:
         cast: list[Tensor] = []

@@ -15,7 +15,7 @@ from typing import Any
 from ..adapters.files import INFO
 from ..errors import QtuneError
 from ..keys import shown
-from ..runs import METRICS, RECIPE
+from ..runs import METRICS, RECIPE, combined_from
 from ..state import rows_of
 from ..yaml_text import load_yaml
 
@@ -107,6 +107,11 @@ class Reading:
 def read_run(folder: Path) -> Reading:
     """Raises QtuneError where the folder holds no run, or nothing was logged yet."""
     missing = [name for name in (RECIPE, METRICS) if not (folder / name).is_file()]
+    if missing == [METRICS] and (parts := combined_from(folder)):
+        raise QtuneError(
+            "Q412", f"nothing was trained in {folder}: it was combined from {', '.join(parts)}; look at it with "
+            f"`qtune inspect {folder}`"
+        )  # fmt: skip
     if missing:
         raise QtuneError(
             "Q401",

@@ -1,0 +1,1 @@
+"""Several trained adapters of one base become one: `qtune combine`."""
