@@ -10,6 +10,9 @@ TORCH ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'torch>=2.10'; else
 ARGS ?=
 JOBS ?= 2
 
+# processes that share the cores get one thread each: two threads in each of two processes wait for one another, busily
+THREADS := $(if $(filter 0 1,$(JOBS)),,OMP_NUM_THREADS=1)
+
 VENV := .venv
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
@@ -27,10 +30,10 @@ demo: setup ## fine-tune a small model on an NF4 base, merge and verify it (minu
 	@$(PY) -m qtune demo
 
 test: setup ## run the tests that are not marked slow
-	@$(PY) -m pytest -q -m "not slow" -n $(JOBS) --dist worksteal $(ARGS)
+	@$(THREADS) $(PY) -m pytest -q -m "not slow" -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: $(TESTS_READY) ## run the tests marked slow, those of the extras eval and docs too (they are installed first)
-	@$(PY) -m pytest -q -m slow -n $(JOBS) --dist worksteal $(ARGS)
+	@$(THREADS) $(PY) -m pytest -q -m slow -n $(JOBS) --dist worksteal $(ARGS)
 
 check: setup ## lint (ruff) and type-check (mypy)
 	@$(PY) -m ruff check .; linted=$$?; $(PY) -m mypy && exit $$linted

@@ -18,7 +18,7 @@ from typing import Any
 
 from .combining.command import options as combine_options
 from .completion import options as completion_options
-from .errors import FREE_MEMORY, QtuneError, is_out_of_memory, one_of
+from .errors import FREE_MEMORY, QtuneError, is_out_of_memory
 from .evaluation.command import options as eval_options
 from .explain.command import options as explain_options
 from .export_command import options as export_options

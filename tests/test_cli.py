@@ -21,8 +21,8 @@ from qtune.quant import NF4
 from qtune.recipe import Recipe
 
 COMMANDS = [
-    "chat", "compare", "completion", "data", "demo", "doctor", "eval", "explain", "export", "init", "keys", "merge",
-    "methods", "plan", "quantize", "report", "schemes", "train",
+    "chat", "combine", "compare", "completion", "data", "demo", "doctor", "eval", "explain", "export", "import",
+    "init", "keys", "merge", "methods", "plan", "quantize", "report", "schemes", "train",
 ]  # fmt: skip
 
 
