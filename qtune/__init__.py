@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors; a test compar
     from .model import load as load
     from .planner.plan import plan as plan
     from .quant import SCHEMES as SCHEMES
+    from .runs import load_adapters as load_adapters
     from .runs import quantize as quantize
     from .starting import start as start
     from .trainer import train as train
@@ -30,6 +31,7 @@ _PUBLIC = {
     "SCHEMES": "quant:SCHEMES",
     "adapt": "adapters:adapt",
     "load": "model:load",
+    "load_adapters": "runs:load_adapters",
     "merge": "export:merge",
     "plan": "planner.plan:plan",
     "quantize": "runs:quantize",
@@ -37,7 +39,10 @@ _PUBLIC = {
     "train": "trainer:train",
 }
 
-__all__ = ["METHODS", "SCHEMES", "__version__", "adapt", "load", "merge", "plan", "quantize", "start", "train"]
+__all__ = [
+    "METHODS", "SCHEMES", "__version__", "adapt", "load", "load_adapters", "merge", "plan", "quantize", "start",
+    "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

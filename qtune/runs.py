@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .adapters import AdapterSpec
 from .adapters.files import INFO, kept_layers, load_adapter, read_adapter_json
+from .adapters.many import Adapters, load_many
 from .checkpoint import Entry, write
 from .data import Example, load_source
 from .data.words import add_words, ids_of
@@ -120,6 +121,17 @@ def open_run(folder: Path, screen: Screen, *, device: str | None = None) -> Run:
     load_adapter(model, adapter)
     check_tokens(model, recipe, tokenizer, adapter)
     return Run(run, adapter, recipe, model, tokenizer)
+
+
+def load_adapters(model: Any, folders: Mapping[str, str | Path]) -> Adapters:
+    """Load the adapters of runs (or of their checkpoints), by name, onto the packed base `model`, once for all:
+
+        adapters = qtune.load_adapters(model, {"law": "runs/law", "code": "runs/code"})
+        adapters.use({"law": 0.7, "code": 0.3})
+
+    None is in use at first; called again it loads more. Raises QtuneError with everything that does not fit, such as a
+    layer that an adapter was trained on with other weights; then the model is as before."""
+    return load_many(model, {name: adapter_in(Path(folder).expanduser())[0] for name, folder in folders.items()})
 
 
 def anchored(recipe: Recipe) -> Recipe:

@@ -107,6 +107,9 @@ class AdaLoRA(Adapter):
             return base.shift(base.product_plus(x, right, P, self.scale))
         return base(x) + F.linear(F.linear(self.dropout(x), right) * self.scale, P)
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        return self.sigma[:, None] * self.Q, self.P, self.scale
+
     @torch.no_grad()
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
         right = self.sigma[:, None].float() * self.Q.float()

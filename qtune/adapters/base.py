@@ -159,6 +159,11 @@ class Adapter(nn.Module):
         as the parts' own dtypes can say it. False, and nothing is written: the method has no such form."""
         return False
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """A [rank, in], B [out, rank] and s, where `forward` is base(x) + s B A x with dropout off; None: it is not,
+        or factors of that form are much larger than what they are made of."""
+        return None
+
     def peft_state(self) -> dict[str, Tensor]:
         """The parameters under PEFT's names and in PEFT's shapes."""
         assert self.peft is not None

@@ -70,6 +70,9 @@ class DoRA(LoRA):
         change = (self.magnitude / self.norm(base, x.dtype) - 1).to(x.dtype)
         return base.shift(torch.addcmul(y, y, change))
 
+    def low_rank(self) -> None:
+        return None  # the magnitude scales the base too
+
     @torch.no_grad()
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().merged(base)

@@ -62,6 +62,9 @@ class DyLoRA(LoRA):
         inner = F.linear(self.dropout(x), A.to(x.dtype)) * scale
         return base.product(x) + F.linear(inner, B.to(x.dtype))
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        return self.factors()
+
     @torch.no_grad()
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
         A, B, scale = self.factors()

@@ -36,6 +36,9 @@ class Factored(Adapter, register=False):
         inner = F.linear(self.dropout(x), A) * self.scale
         return base.shift(base.product(x) + F.linear(inner, B))
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        return *self.factors(torch.float32), self.scale
+
     @torch.no_grad()
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
         A, B = self.factors(torch.float32)

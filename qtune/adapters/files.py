@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import isclose
 from pathlib import Path
@@ -30,9 +30,11 @@ from ..quant import QuantLinear
 from ..safe_io import replacing, write_json
 from ..vocabulary import Built, Token, build_rows, install_rows, rows_of
 from .base import Adapted, Adapter, AdapterSpec, Start
-from .sites import SHARED, adapted_sites, build, install
+from .mixture import packed_layers
+from .sites import SHARED, adapted_sites, build, install, refuse_adapted
 
 FORMAT = 1
+Digest = Callable[[QuantLinear, bool], str]  # of a layer's codes, of all of them (True) or of what the scheme names
 TENSORS, INFO, FIRST = "adapter.safetensors", "adapter.json", "start.safetensors"
 SHOWN = 8  # faults of a load that are listed in full
 
@@ -78,7 +80,8 @@ def save_adapter(
 def describe_sites(model: nn.Module) -> dict[str, Any]:
     """What adapter.json says of each site. It reads all the codes of the bases, so say it once where there are many
     saves."""
-    return {name: _identity(site.base) | _started(site.start) for name, site in adapted_sites(model).items()}
+    sites = adapted_sites(model).items()
+    return {name: _identity(site.base, _digest_of) | _started(site.start) for name, site in sites}
 
 
 def describe_tokens(model: nn.Module) -> dict[str, Any]:
@@ -178,31 +181,40 @@ def load_adapter(model: nn.Module, folder: str | Path, *, other_base: bool = Fal
     other_base: take it onto other weights or another scheme; names and shapes must fit all the same.
     Raises QtuneError with everything that does not fit; then the model is as before.
     """
-    if adapted_sites(model):
-        raise QtuneError("Q405", "this model already carries an adapter; load the base again to put another one on it")
-    read = read_adapter(model, folder, other_base=other_base)
-    install(model, read.sites, read.shared)
-    if read.rows is not None:
-        install_rows(model, read.rows)
+    refuse_adapted(model)
+    fitted = fit_adapter(model, packed_layers(model), folder, other_base=other_base)
+    install(model, fitted.sites, fitted.shared)
+    if fitted.rows is not None:
+        install_rows(model, fitted.rows)
     return adapted_sites(model)
 
 
 @dataclass(frozen=True)
-class SavedAdapter:
-    """An adapter that was read for a model and is not in it. rows: of tokens of its own."""
+class Fitted:
+    """A saved adapter on the layers of a model, whole, and in the model not yet. rows: of new tokens."""
 
+    spec: AdapterSpec
     sites: dict[str, Adapted]
     shared: nn.Module | None
     rows: Built | None
 
 
-def read_adapter(model: nn.Module, folder: str | Path, *, other_base: bool = False) -> SavedAdapter:
-    """The saved adapter over the bases of `model`, which stays as it is: several may be read. Of a model on meta, whose
-    codes nobody can compare, only with `other_base`. Raises QtuneError as `load_adapter` does."""
+def fit_adapter(
+    model: nn.Module,
+    layers: Mapping[str, QuantLinear],
+    folder: str | Path,
+    *,
+    other_base: bool = False,
+    digest: Digest | None = None,
+) -> Fitted:
+    """Read the adapter in `folder` for the packed layers of `model`, by name; the model stays as it is.
+
+    digest: what knows those of layers already. Raises QtuneError with everything that does not fit.
+    """
     info = read_adapter_json(folder)
     tensors = _read_tensors(Path(folder) / TENSORS, info)
     spec = AdapterSpec.from_dict(info["adapter"]).checked()
-    bases, faults = _find_bases(model, info["sites"], other_base)
+    bases, faults = _find_bases(layers, info["sites"], None if other_base else digest or _digest_of)
     sites, shared = build(bases, spec, any_scheme=other_base) if bases else ({}, None)
     tokens = [Token(token["text"], token["id"]) for token in info.get("tokens", ())]
     own = build_rows(model, tokens) if tokens else None
@@ -218,7 +230,7 @@ def read_adapter(model: nn.Module, folder: str | Path, *, other_base: bool = Fal
     for name, site in sites.items():
         site.start = Start(**info["sites"][name]["start"]) if "start" in info["sites"][name] else None
         site.adapter.prepare(site.base)
-    return SavedAdapter(sites, shared, own)
+    return Fitted(spec, sites, shared, own)
 
 
 def read_adapter_json(folder: str | Path) -> dict[str, Any]:
@@ -299,34 +311,38 @@ def _read_tensors(path: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
         raise QtuneError("Q403", f"{path} is no safetensors file: {error}") from error
 
 
+def _digest_of(base: QuantLinear, whole: bool) -> str:
+    return base.digest(whole=whole)
+
+
 def _find_bases(
-    model: nn.Module, sites: Mapping[str, Any], other_base: bool
+    layers: Mapping[str, QuantLinear], sites: Mapping[str, Any], digest: Digest | None
 ) -> tuple[dict[str, QuantLinear], list[str]]:
-    """The model's layers of these names, and a fault for each that is absent or packed otherwise."""
-    bases = {
-        name: module for name, module in model.named_modules() if name in sites and isinstance(module, QuantLinear)
-    }
+    """The layers of these names, and a fault for each that is absent or, where there is a `digest`, packed
+    otherwise."""
+    bases = {name: layer for name, layer in layers.items() if name in sites}
     faults = [f"{name}: the model has no packed linear layer of this name" for name in sites if name not in bases]
-    for name, base in () if other_base else bases.items():
-        there, here = sites[name], _identity(base)
+    for name, base in bases.items() if digest else ():
+        assert digest is not None
+        there, here = sites[name], _identity(base, digest)
         if there.get("scheme") != here["scheme"]:
             faults.append(f"{name}: trained on {there.get('scheme')}, here the layer is {base.scheme}")
-        elif not _same_codes(there, here, base):
+        elif not _same_codes(there, here, digest(base, True)):
             digests = f"digest {str(there.get('digest'))[:12]}, here {here['digest'][:12]}"
             faults.append(f"{name}: trained on other weights ({digests})")
     return bases, faults
 
 
-def _same_codes(there: Mapping[str, Any], here: Mapping[str, Any], base: QuantLinear) -> bool:
-    """Is `base` the layer that an adapter was trained on? Codes of the run's own are stored, so that every bit of them
-    counts, be they here from the run or, by now, from a packed folder."""
-    if there.get("digest") not in (here["digest"], base.digest(whole=True)):
+def _same_codes(there: Mapping[str, Any], here: Mapping[str, Any], whole: str) -> bool:
+    """Is `here` the layer that an adapter was trained on? Codes of the run's own are stored, so that every bit of them
+    counts, be they here from the run or, by now, from a packed folder. whole: the digest of all bits."""
+    if there.get("digest") not in (here["digest"], whole):
         return False
     return isclose(there["magnitude"], here["magnitude"], rel_tol=1e-4)
 
 
-def _identity(base: QuantLinear) -> dict[str, Any]:
-    return {"scheme": str(base.scheme), "digest": base.digest(whole=base.own), "magnitude": base.magnitude()}
+def _identity(base: QuantLinear, digest: Digest) -> dict[str, Any]:
+    return {"scheme": str(base.scheme), "digest": digest(base, base.own), "magnitude": base.magnitude()}
 
 
 def _state(sites: Mapping[str, Adapted], shared: nn.Module | None) -> dict[str, Tensor]:

@@ -76,6 +76,9 @@ class LoRA(Adapter):
     def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
         return base.shift(self.changed(x, base))
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        return self.A, self.B, self.scale
+
     @torch.no_grad()
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
         weight = base.dequantize(torch.float32).addmm_(self.B.float(), self.A.float(), alpha=self.scale)

@@ -17,6 +17,7 @@ from ..quant import Dense, QuantLinear, matches
 from ..quant.scheme import DTYPES
 from .base import ALL_LINEAR, METHODS, PROBE_ROWS, Adapted, AdapterSpec, Source, Start, check_gram
 
+MANY = "qtune_adapters"  # the model's attribute that holds its adapters where many are loaded (many.py)
 SHARED = "adapter_shared"  # the model's child that holds what a method's sites share
 SLACK = 1e-5  # of a distance: sums in fp32
 
@@ -62,8 +63,7 @@ def adapt(
     """
     spec.checked()
     method = METHODS[spec.method]
-    if adapted_sites(model):
-        raise QtuneError("Q405", "this model already carries an adapter; load the base again to put another one on it")
+    refuse_adapted(model)
     sites, shared = build(find_sites(model, spec.targets or method.targets), spec)
     for name, site in sites.items():
         if not site.base.packed.is_meta:
@@ -186,7 +186,13 @@ def install(model: nn.Module, sites: Mapping[str, Adapted], shared: nn.Module | 
     return adapted_sites(model)
 
 
-def place(model: nn.Module, name: str, site: Adapted) -> None:
+def refuse_adapted(model: nn.Module) -> None:
+    """Raises QtuneError where the model carries an adapter, or has many loaded."""
+    if adapted_sites(model) or hasattr(model, MANY):
+        raise QtuneError("Q405", "this model already carries an adapter; load the base again to put another one on it")
+
+
+def place(model: nn.Module, name: str, site: nn.Module) -> None:
     """Put one site into `model`, where its base stands."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, site)

@@ -61,6 +61,9 @@ class SoRA(LoRA):
             return base.product_plus(x, A, B, self.scale)
         return base.product(x) + F.linear(F.linear(self.dropout(x), A) * self.scale, B)
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        return self.g[:, None] * self.A, self.B, self.scale
+
     @torch.no_grad()
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
         A = self.g[:, None].float() * self.A.float()

@@ -18,7 +18,8 @@ from typing import Any
 
 from ..adapters import METHODS, Adapted, Adapter
 from ..adapters.deltas import Delta, Factors, delta_of, dense, is_lora, stacked
-from ..adapters.files import FIRST, SavedAdapter, fill_first, read_adapter, read_adapter_json
+from ..adapters.files import FIRST, Fitted, fill_first, fit_adapter, read_adapter_json
+from ..adapters.mixture import packed_layers
 from ..errors import QtuneError, listed
 from ..model.skeleton import build
 from ..model.source import open_source
@@ -126,11 +127,12 @@ class Deltas:
 
     def __init__(self, runs: Sequence[Given], model: Any, *, tokenizer: Any = None, real: bool = False) -> None:
         self.runs, self.model, self.tokenizer, self.real = runs, model, tokenizer, real
-        self.read: list[SavedAdapter] = [read_adapter(model, run.adapter, other_base=not real) for run in runs]
-        self.first: SavedAdapter | None = None
+        layers, any_base = packed_layers(model), not real  # nobody compares codes on meta
+        self.read: list[Fitted] = [fit_adapter(model, layers, run.adapter, other_base=any_base) for run in runs]
+        self.first: Fitted | None = None
         if runs[0].info.get("first"):
             run = runs[0]
-            self.first = read_adapter(model, run.adapter, other_base=not real)
+            self.first = fit_adapter(model, layers, run.adapter, other_base=any_base)
             if not (run.folder / FIRST).is_file():
                 raise QtuneError("Q403", f"{run.folder} lacks {FIRST}, its adapter's first values")
             fill_first(self.first.sites, self.first.shared, run.folder, run.adapter)

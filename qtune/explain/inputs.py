@@ -290,4 +290,9 @@ Runs can be combined or compared weight by weight where they stand on the same p
 values; rows of tokens can come from one of them only, and what changes a bias is no change of a weight.
 > Take runs of one base, scheme and start. Runs from starts that differ: train them with one train.seed and one
 calibrate.data, or with lora. Merge a run by itself where it fits no other.
+
+Q420 Adapters that cannot be used together as asked
+Several adapters are loaded, and what was asked for needs what one of them, or the batch, does not have: an adapter for
+each sample, parts of rank one, the tokenizer of all.
+> The message says what is legal there: one mixture for all samples, whole adapters, or one adapter alone.
 """

@@ -196,6 +196,13 @@ class QuantLinear(_Packed):
         x = autocast(x)
         return _FrozenPlusLowRank.apply(x, self.here, self.scheme, self.shape, A.to(x.dtype), B.to(x.dtype), scale)
 
+    def product_and(self, x: Tensor, inner: Tensor, B: Tensor) -> Tensor:
+        """x [..., in], inner [..., rank], B [out, rank] -> x W^T + inner B^T [..., out], without the bias; all in x's
+        dtype."""
+        if torch.is_grad_enabled() and (x.requires_grad or inner.requires_grad or B.requires_grad):
+            return self.product(x) + nn.functional.linear(inner, B)
+        return self.scheme.matmul(x, views(self.scheme, self.here, self.shape), self.shape, False, inner, B)
+
     def shift(self, y: Tensor) -> Tensor:
         """y [..., out] plus the bias, if there is one."""
         return y if self.bias is None else y + self.bias.to(y.dtype)
