@@ -36,7 +36,7 @@ API = {
     "Adapt": ("qtune.adapt", "qtune.METHODS", "qtune.adapters.AdapterSpec", "qtune.adapters.Adapter"),
     "Use what was trained": (
         "qtune.runs.open_run", "qtune.runs.Run", "qtune.adapters.files.save_adapter",
-        "qtune.adapters.files.load_adapter", "qtune.adapters.enable_adapters",
+        "qtune.adapters.files.load_adapter", "qtune.adapters.enable_adapters", "qtune.load_adapters",
     ),
     "Inside of a model": ("qtune.quant.QuantLinear", "qtune.adapters.Adapted", "qtune.errors.QtuneError"),
 }  # fmt: skip

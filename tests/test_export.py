@@ -33,9 +33,9 @@ def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qtune.runs.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
     """Equal but for fp32 sums in another order: a delta that got lost differs by a hundred times more."""
-    return float((a - b).abs().max()) <= 1e-4 * float(b.abs().max())
+    return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
 def finished(root: Path, family: str = "llama", **changes: Any) -> Run:
@@ -87,7 +87,8 @@ def test_every_method_merges_or_says_why_not(method: str, tmp_path: Path) -> Non
     assert METHODS[method].mergeable
     report = merge(run, tmp_path / "merged", dtype="float32")
     assert report.verification.passed
-    assert same(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), trained)
+    merged = tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert same(merged, trained, 5e-4)  # two steps at this rate leave large deltas of some methods, which round more
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
