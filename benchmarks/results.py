@@ -466,7 +466,29 @@ def packing_table(rows: list[dict[str, Any]]) -> list[str]:
     return table
 
 
+def many_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Ways to use eight adapters, as multiples of the pass with one."""
+    table = [
+        "| batch | adapters | ms (p20 to p80) | times one adapter | GFLOP | peak memory above the loaded model |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    said = {
+        "base": "none", "one": "one, for all samples", "mixed": "8, of each sample its own",
+        "apart": "8, a pass for each sample", "sum": "the sum of 8, for all samples",
+        "selected": "8, the strongest parts for each token",
+    }  # fmt: skip
+    one = {row["length"]: row["p50_ms"] for row in rows if row["way"] == "one"}
+    for row in rows:
+        low, middle, high = (row[f"p{n}_ms"] for n in (20, 50, 80))
+        table.append(
+            f"| {row['batch']} x {row['length']} | {said[row['way']]} | {middle:,.0f} ({low:,.0f} to {high:,.0f}) "
+            f"| {middle / one[row['length']]:.2f} | {row['flop'] / 1e9:,.1f} | {row['peak_bytes'] / 2**20:,.0f} MiB |"
+        )
+    return table
+
+
 TABLES: dict[str, Callable[[Any], list[str]]] = {
+    "many": many_table,
     "merge": merge_table,
     "load": load_table,
     "demo": demo_table,

@@ -4,12 +4,13 @@ used where there is one; without any the text is simply continued."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from .adapters.many import Adapters
 from .data import read_template
 from .errors import QtuneError
 from .evaluate import generate
@@ -17,8 +18,10 @@ from .model.source import open_source
 from .recipe import Recipe
 from .runs import is_run, load_base, open_run
 from .screen import Screen
+from .together import folders_of, mixture_of, open_together, told
 
 HELP = "/new starts over, /exit or Ctrl-D ends"
+HELP_MANY = f"/use NAME or /use A=0.7 B=0.3 changes the adapter, /off takes none, /adapters lists them, {HELP}"
 
 
 def chat(
@@ -31,20 +34,34 @@ def chat(
     temperature: float,
     scheme: str | None,
     device: str | None,
+    adapters: Sequence[str] | None = None,
+    use: Sequence[str] | None = None,
     emit: Callable[[Any], None],
 ) -> None:
     """One answer to `prompt`, or a conversation over stdin until it ends (Ctrl-D, `/exit`); `/new` forgets. `emit`
-    gets the pair of prompt and answer, of a conversation the list of them when it ends."""
+    gets the pair of prompt and answer, of a conversation the list of them when it ends.
+
+    adapters, use: as the options --adapter and --use. With several adapters `/use`, `/off` and `/adapters` are there.
+    """
     if temperature < 0 or max_new_tokens < 1:
         raise QtuneError(
             "Q102",
             f"--temperature must be 0 or more (is {temperature}), --max-new-tokens 1 or more (is {max_new_tokens})",
         )
-    template = None
+    template, loaded = None, None
+    folders = folders_of(source, adapters)
+    if use and (not folders or len(use) > 1):
+        given = "once, with all that answer together" if folders else "with --adapter NAME=RUN"
+        raise QtuneError("Q103", f"--use {' --use '.join(use)}: legal: {given}")
+    first = mixture_of(use[0], list(folders)) if use else dict.fromkeys(list(folders)[:1], 1.0)
     if is_run(source):
         if scheme is not None:
             raise QtuneError("Q103", f"--scheme {scheme}: {source} is a run, whose base is stored as its recipe says")
-        run = open_run(Path(source), screen, device=device)
+        if folders:
+            run, many = open_together(folders, screen, device=device)
+            loaded = _Loaded(many, screen, first)
+        else:
+            run = open_run(Path(source), screen, device=device)
         model, tokenizer, named = run.model, run.tokenizer, run.recipe.data.template
         template = read_template(named) if named else None
     else:
@@ -60,23 +77,61 @@ def chat(
             model, tokenizer, _ids(tokenizer, template, [*turns, {"role": "user", "content": prompt}]), **options
         )
         screen.line(answer)
-        emit({"prompt": prompt, "answer": answer})
+        emit({"prompt": prompt, "answer": answer} | (loaded.said() if loaded else {}))
         return
-    screen.line(HELP, "dim")
-    told = []
+    help_text = HELP_MANY if loaded else HELP
+    screen.line(help_text, "dim")
+    said = []
     while (text := _ask(screen)) is not None:
         if text == "/new":
             turns = list(start)
             continue
+        if loaded and loaded.obeys(text):
+            continue
         if text.startswith("/") and text[1:].isalpha():
-            screen.line(HELP, "dim")
+            screen.line(help_text, "dim")
             continue
         turns.append({"role": "user", "content": text})
         ids = _ids(tokenizer, template, turns)
         answer = generate(model, tokenizer, ids, stream=screen.console.file, **options)
         turns.append({"role": "assistant", "content": answer})
-        told.append({"prompt": text, "answer": answer})
-    emit(told)
+        said.append({"prompt": text, "answer": answer} | (loaded.said() if loaded else {}))
+    emit(said)
+
+
+class _Loaded:
+    """The adapters of a conversation, and which of them answer."""
+
+    def __init__(self, adapters: Adapters, screen: Screen, first: dict[str, float]) -> None:
+        self.adapters, self.screen = adapters, screen
+        self.use(first)
+
+    def use(self, weights: dict[str, float]) -> None:
+        """From the next answer on."""
+        self.adapters.use(weights)
+        self.now = weights
+
+    def said(self) -> dict[str, Any]:
+        """For a program."""
+        return {"adapters": self.now}
+
+    def obeys(self, text: str) -> bool:
+        """Is it a command of these? Then it is done; what is wrong with it is told, and nothing changes."""
+        word, _, rest = text.partition(" ")
+        if word not in ("/use", "/off", "/adapters") or (rest and word != "/use"):
+            return False
+        try:
+            if word != "/adapters":
+                self.use(mixture_of(rest, self.adapters.names) if word == "/use" else {})
+                self.screen.line(f"in use: {told(self.now)}", "dim")
+                return True
+        except QtuneError as error:
+            self.screen.line(str(error), "yellow")
+            return True
+        for name, spec in self.adapters.specs.items():
+            weight = f"weight {self.now[name]:g}" if self.now.get(name) else "not in use"
+            self.screen.line(f"{name:16} {spec.method:12} {weight}", "dim")
+        return True
 
 
 def _ask(screen: Screen) -> str | None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .chat_command import options as chat_options
 from .combining.command import options as combine_options
 from .completion import options as completion_options
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory
@@ -80,16 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _model_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """The commands that need no run."""
-    sub = command("chat", "Talk to a run or to a model.")
-    sub.add_argument(
-        "model", metavar="RUN|MODEL", help="folder of a run, a checkpoint folder, a .gguf file or a hub id"
-    )
-    sub.add_argument("--prompt", help="answer this and stop, instead of a conversation")
-    sub.add_argument("--system", help="system message")
-    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    sub.add_argument("--scheme", help="how a MODEL is quantized while loading; default: as it is packed, or nf4")
-    sub.add_argument("--device", help="auto, cuda, mps or cpu; default: the recipe's, for a MODEL auto")
+    chat_options(command("chat", "Talk to a run or to a model."))
 
     quantize_options(command("quantize", "Write a packed checkpoint that loads without the original."))
     sub = command("keys", "List the keys of a recipe: what each means, its default, what is legal.")
@@ -277,12 +269,9 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from .chat import chat
+    from .chat_command import chat
 
-    chat(
-        args.model, _screen(args), prompt=args.prompt, system=args.system, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, scheme=args.scheme, device=args.device, emit=lambda value: _emit(args, value),
-    )  # fmt: skip
+    chat(args, _screen(args), lambda value: _emit(args, value))
 
 
 def _quantize(args: argparse.Namespace) -> None:

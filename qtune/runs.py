@@ -107,6 +107,14 @@ def combined_from(folder: Path) -> list[str]:
 
 def open_run(folder: Path, screen: Screen, *, device: str | None = None) -> Run:
     """Load base, tokenizer and adapter of a run, or of the checkpoint whose folder is given."""
+    run = open_base(folder, screen, device=device)
+    load_adapter(run.model, run.adapter)
+    check_tokens(run.model, run.recipe, run.tokenizer, run.adapter)
+    return run
+
+
+def open_base(folder: Path, screen: Screen, *, device: str | None = None) -> Run:
+    """As `open_run`, without the adapter, which the model then does not carry."""
     recipe, run = read_recipe(folder), run_of(folder)
     if Path(recipe.model).is_absolute() and not Path(recipe.model).exists():
         raise QtuneError(
@@ -118,8 +126,6 @@ def open_run(folder: Path, screen: Screen, *, device: str | None = None) -> Run:
     if note:
         screen.line(f"note: {note}", "yellow")
     model, tokenizer = load_base(recipe, screen, device=device, kept=kept_in(run, adapter))
-    load_adapter(model, adapter)
-    check_tokens(model, recipe, tokenizer, adapter)
     return Run(run, adapter, recipe, model, tokenizer)
 
 

@@ -42,6 +42,7 @@ ORDER = (
     {"optim"},
     {"starting", "state"},
     {"runs"},
+    {"together"},
     {"resume", "peft_import"},
     {"step"},
     {"evaluate"},
@@ -56,7 +57,7 @@ ORDER = (
     {"combining"},
     {"trainer", "chat", "listing", "doctor", "show_data", "proposal", "completion"},
     {"dry_run"},
-    {"demo", "train_command", "init_command", "import_command", "export_command", "quantize_command"},
+    {"demo", "train_command", "init_command", "chat_command", "import_command", "export_command", "quantize_command"},
     {"cli"},
     {"__main__"},
 )

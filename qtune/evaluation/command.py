@@ -6,10 +6,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..together import folders_of, mixture_of, open_together, told
+from ..together import options as adapter_options
+
 if TYPE_CHECKING:
+    from ..adapters.many import Adapters
     from ..batches import Capacity
     from ..recipe import Recipe
     from ..screen import Screen
@@ -30,6 +35,12 @@ def options(sub: argparse.ArgumentParser) -> None:
     add("run", metavar="RUN|MODEL", help="folder of a run, of one of its checkpoints, or of a merged one; or a MODEL")
     add("--data", metavar="FILE", help="records to evaluate on; default: data.eval of the run's recipe")
     add("--base", action="store_true", help="also evaluate the base without its adapter")
+    adapter_options(
+        sub,
+        "with --adapter: evaluate this, such as law or law=0.7,code=0.3; may be given several times; default: "
+        "each adapter by itself",
+    )
+    add("--parts", type=int, metavar="N", help="with --adapter: keep only the N rank-one parts that a token moves most")
     add(
         "--metric",
         action="append",
@@ -57,6 +68,8 @@ class _Job:
     """All that is asked, before the model is there. names: of metrics; none: the default ones."""
 
     recipe: Recipe
+    folders: dict[str, Path]
+    uses: list[dict[str, float]]
     is_run: bool
     stored: bool
     names: tuple[str, ...]
@@ -108,9 +121,13 @@ def _job(args: argparse.Namespace, screen: Screen) -> _Job:
     faults = [*how.faults(), *_without_effect(args, names, bool(metrics), how)]
     if faults:
         raise QtuneError("Q103", "\n".join(faults))
+    folders = folders_of(args.run, args.adapter)
+    if (args.use or args.parts is not None) and not folders:
+        raise QtuneError("Q103", "--use and --parts choose among several adapters; legal with --adapter NAME=RUN")
+    uses = [mixture_of(text, list(folders)) for text in args.use or folders]
     recipe, is_run, stored = _subject(args)
     tokenizer, _ = tokenizer_of(recipe)
-    job = _Job(recipe, is_run, stored, names, metrics, how, None, None)
+    job = _Job(recipe, folders, uses, is_run, stored, names, metrics, how, None, None)
     if args.tasks:
         return replace(job, tasks=load_tasks([name for name in args.tasks.split(",") if name]))
     held = _held(args, job, tokenizer, screen)
@@ -147,7 +164,7 @@ def _within(recipe: Recipe, prompts: Sequence[Sequence[int]], how: Sampling, fre
 
 def _faults(args: argparse.Namespace) -> list[str]:
     """Of the options alone."""
-    small = (("batch", 1), ("limit", 1), ("num_fewshot", 0), ("seed", 0))
+    small = (("batch", 1), ("limit", 1), ("parts", 1), ("num_fewshot", 0), ("seed", 0))
     faults = [
         f"--{name.replace('_', '-')} is {value}; legal: {least} or more"
         for name, least in small
@@ -237,13 +254,16 @@ def _held(args: argparse.Namespace, job: _Job, tokenizer: Any, screen: Screen) -
 
 def _evaluate(args: argparse.Namespace, job: _Job, screen: Screen) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Results by what was evaluated (base, adapter; model), and the rows of --out."""
-    from ..adapters import enable_adapters
     from ..batches import Capacity
     from ..runs import load_base, open_run
     from ..step import LanguageModel
     from .harness import run_tasks, shown
 
-    if job.is_run:
+    adapters = None
+    if job.folders:
+        run, adapters = open_together(job.folders, screen, device=args.device)
+        model, tokenizer = run.model, run.tokenizer
+    elif job.is_run:
         run = open_run(Path(args.run), screen, device=args.device)
         model, tokenizer = run.model, run.tokenizer
     else:
@@ -254,11 +274,10 @@ def _evaluate(args: argparse.Namespace, job: _Job, screen: Screen) -> tuple[dict
     elif job.held is not None and job.held.examples:  # as in training, whose figures these are then
         language.choose_attention(max(len(example.input_ids) for example in job.held.examples))
     capacity = Capacity(args.batch) if args.batch else replace(Capacity.of(keys), packed=False)
-    named = [("base", False)] * args.base + [("adapter", True)] if job.is_run else [("model", True)]
     results: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    for name, enabled in named:
-        enable_adapters(model, enabled)
+    for name, switch in _subjects(args, job, model, adapters):
+        switch()
         if job.tasks is not None:
             batch = capacity.rows(job.recipe.data.max_length)
             found, some = run_tasks(
@@ -271,6 +290,23 @@ def _evaluate(args: argparse.Namespace, job: _Job, screen: Screen) -> tuple[dict
         results[name] = found
         rows += [{"model": name, **row} for row in some]
     return results, rows
+
+
+def _subjects(
+    args: argparse.Namespace, job: _Job, model: Any, adapters: Adapters | None
+) -> list[tuple[str, Callable[[], Any]]]:
+    """The name of each thing that is evaluated, and what makes the model be that."""
+    from ..adapters import enable_adapters
+
+    if adapters is None:
+        named = [("base", False)] * args.base + [("adapter", True)] if job.is_run else [("model", True)]
+        return [(name, partial(enable_adapters, model, enabled)) for name, enabled in named]
+    chosen: list[tuple[str, Callable[[], Any]]] = [("base", partial(adapters.use, None))] * args.base
+    for weights in job.uses:
+        whole = partial(adapters.use, weights)
+        parts = partial(adapters.select, weights, args.parts)
+        chosen.append((told(weights), whole if args.parts is None else parts))
+    return chosen
 
 
 def _measure(
