@@ -25,6 +25,7 @@ from .explain.command import options as explain_options
 from .export_command import options as export_options
 from .import_command import options as import_options
 from .init_command import options as init_options
+from .inspection.command import options as inspect_options
 from .planner.command import options as plan_options
 from .quantize_command import options as quantize_options
 from .report.command import compare_options, report_options
@@ -74,6 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     import_options(command("import", "Take an adapter that PEFT wrote, as the folder of a run."))
     combine_options(command("combine", "Make one adapter of several runs on one base."))
     report_options(command("report", "Write the page of a run: curves, memory, samples, recipe, in one HTML file."))
+    inspect_options(
+        command("inspect", "Show what adapters learned, how they overlap, and what packing lost, by layer.")
+    )
     compare_options(command("compare", "Lay runs side by side: results, and where their recipes differ."))
     _model_commands(command)
     return parser
@@ -262,6 +266,12 @@ def _combine(args: argparse.Namespace) -> None:
     combine_command(args, _screen(args), lambda value: _emit(args, value))
 
 
+def _inspect(args: argparse.Namespace) -> None:
+    from .inspection.command import inspect_command
+
+    inspect_command(args, _screen(args), lambda value: _emit(args, value))
+
+
 def _report(args: argparse.Namespace) -> None:
     from .report.command import compare, report
 
@@ -336,6 +346,7 @@ COMMANDS = {
     "export": _export,
     "import": _import,
     "combine": _combine,
+    "inspect": _inspect,
     "report": _report,
     "compare": _report,
     "chat": _chat,

@@ -39,7 +39,7 @@ from .memory.stream import Store, store_of
 from .memory.table import table_on_host
 from .model import load, load_tokenizer, save_quantized
 from .model.layerwise import windows_of
-from .model.loading import dense_parameters
+from .model.loading import Packing, dense_parameters
 from .model.names import KEPT
 from .model.source import open_source
 from .quant import QuantEmbedding, QuantLinear
@@ -187,13 +187,14 @@ def load_base(
     device: str | None = None,
     stored: bool = False,
     kept: Path | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Any, Any]:
     """Base and tokenizer of a recipe, quantized while loading, with a bar. stored: a packed model, kept as it is
-    packed, whatever the recipe says. kept: a run whose own codes are taken."""
+    packed, whatever the recipe says. kept: a run whose own codes are taken. packing: what becomes of each weight."""
     tokenizer, _ = tokenizer_of(recipe)
     options = _storage(recipe, device) | ({"scheme": None, "embeddings": None} if stored else {})
     store = _store(recipe, options["device"])
-    model = load_with_bar(recipe.model, screen, kept=kept, aside=store and store.put, **options)
+    model = load_with_bar(recipe.model, screen, kept=kept, aside=store and store.put, packing=packing, **options)
     _place(model, recipe, store)
     _tell_base(model, recipe, screen)
     return model, tokenizer

@@ -55,6 +55,7 @@ ORDER = (
     {"report"},
     {"loop"},
     {"combining"},
+    {"inspection"},
     {"trainer", "chat", "listing", "doctor", "show_data", "proposal", "completion"},
     {"dry_run"},
     {"demo", "train_command", "init_command", "chat_command", "import_command", "export_command", "quantize_command"},

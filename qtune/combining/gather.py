@@ -73,13 +73,13 @@ def given(folder: Path, screen: Screen) -> Given:
 def check_together(runs: Sequence[Given]) -> None:
     """Raises QtuneError with all that keeps these runs from being one: a run given twice, other bases, other starts,
     rows of tokens in several."""
-    faults = []
+    faults: list[str] = []
     folders = [run.adapter.resolve() for run in runs]
     if len(runs) < 2 or len(set(folders)) < len(folders):
         raise QtuneError("Q102", f"{listed(run.folder for run in runs)}: give two runs or more, each once")
+    faults += _other_bases(runs)
     first = runs[0]
     for run in runs[1:]:
-        faults += [f"{run.folder} {fault}" for fault in _other_base(first, run)]
         if run.info.get("first") != first.info.get("first"):
             faults.append(
                 f"{run.folder} started from other values than {first.folder}, and a start cannot be in twice: train "
@@ -92,6 +92,16 @@ def check_together(runs: Sequence[Given]) -> None:
         )
     if faults:
         raise QtuneError("Q419", "these runs do not go together: " + "; ".join(faults))
+
+
+def check_bases(runs: Sequence[Given]) -> None:
+    """Raises QtuneError where runs were trained on other bases than the first."""
+    if faults := _other_bases(runs):
+        raise QtuneError("Q419", "these runs do not go together: " + "; ".join(faults))
+
+
+def _other_bases(runs: Sequence[Given]) -> list[str]:
+    return [f"{run.folder} {fault}" for run in runs[1:] for fault in _other_base(runs[0], run)]
 
 
 def _other_base(first: Given, run: Given) -> list[str]:

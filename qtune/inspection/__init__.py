@@ -1,0 +1,1 @@
+"""What adapters learned and what packing lost, layer by layer: `qtune inspect`."""
