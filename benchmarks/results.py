@@ -444,6 +444,7 @@ def _rate(row: dict[str, Any]) -> str:
 SAME_FILE = {
     "choices-methods": "choices",
     "choices-schemes": "choices",
+    "combine-memory": "combine",
     "quality-cost": "quality",
     "quality-starts": "quality",
     "quality-papers": "quality",
@@ -487,6 +488,35 @@ def many_table(rows: list[dict[str, Any]]) -> list[str]:
     return table
 
 
+def combine_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Loss and accuracy on two tasks of adapters that were trained apart, by the way that made them one."""
+    found = [row for row in latest(rows) if row["settings"]["kind"] == "loss"]
+    tasks = list(found[0]["tasks"]) if found else []
+    heads = [f"{task}: {what}" for task in tasks for what in ("loss", "accuracy")]
+    lines = [f"| adapter | rank | lost by the cut | {' | '.join(heads)} |", "| --- " * (3 + len(heads)) + "|"]
+    for row in found:
+        rank = row.get("made_rank", "" if row["settings"]["way"] == "base" else row["settings"]["rank"])
+        lost = f"{row['lost']:.1%}" if row.get("lost") else ""
+        seen = [row["tasks"][task] for task in tasks]
+        cells = [text for one in seen for text in (f"{one['eval_loss']:.3f}", _share(one.get("accuracy")))]
+        lines.append(f"| {row['settings']['way']} | {rank} | {lost} | {' | '.join(cells)} |")
+    return lines
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def combine_memory_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Peak memory of making one adapter of two on a 1B-shaped model, in MiB."""
+    lines = ["| step | peak anonymous memory | bound of loading | seconds |", "| --- | --- | --- | --- |"]
+    for row in latest(rows):
+        if row["settings"]["kind"] == "memory":
+            peak, bound = (f"{row[key] / 2**20:,.0f} MiB" for key in ("peak", "bound"))
+            lines.append(f"| {row['settings']['step']} | {peak} | {bound} | {row['seconds']:.1f} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[Any], list[str]]] = {
     "many": many_table,
     "merge": merge_table,
@@ -502,6 +532,8 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "choices-schemes": choices_schemes_table,
     "packing": packing_table,
     "family": family_table,
+    "combine": combine_table,
+    "combine-memory": combine_memory_table,
     "quality": quality_table,
     "quality-cost": quality_cost_table,
     "quality-starts": quality_starts_table,

@@ -14,10 +14,11 @@ import runs_helper
 import tiny
 import torch
 from peft.utils import merge_utils
+from test_laws import SHIPPED, Case
 from torch import Tensor
 
-from qtune.adapters import adapted_sites
-from qtune.adapters.deltas import Factors, delta_of, dense, inner, norm, stacked, to_rank
+from qtune.adapters import METHODS, adapted_sites
+from qtune.adapters.deltas import Factors, delta_of, dense, has_factors, inner, norm, stacked, to_rank
 from qtune.cli import main
 from qtune.combining import ways
 from qtune.combining.combine import Asked, Combined, combine
@@ -88,6 +89,24 @@ def test_factors_are_measured_without_their_product() -> None:
         assert inner(left, right) == pytest.approx(float((A * B).sum()), rel=1e-5, abs=1e-3)
     assert norm(a) == pytest.approx(float(A.norm()), rel=1e-6)
     torch.testing.assert_close(dense(stacked([a, b])).double(), A + B, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_every_method_has_a_delta(method: str, tmp_path: Path) -> None:
+    """With values as after training: W' - W; a changed bias is refused."""
+    case = Case(method, "nf4", tmp_path)
+    case.scheme = "int4" if case.refused() else "nf4"
+    for name, site in adapted_sites(case.model(stirred=True)).items():
+        weight, bias = site.merged()
+        if bias is not None and not torch.equal(bias, site.base.bias.float()):
+            with pytest.raises(QtuneError, match="changes the layer's bias"):
+                delta_of(site, name)
+            assert method in ("ia3", "hyperadapt") and name == "up_proj"
+            continue
+        delta, wanted = delta_of(site, name), weight - site.base.dequantize()
+        assert isinstance(delta, Factors) == has_factors(METHODS[method])
+        assert float(wanted.norm()) > 0
+        torch.testing.assert_close(dense(delta), wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -219,8 +238,7 @@ def test_ways_with_a_rank_are_pefts(how: str, trained: Make, tmp_path: Path) -> 
     found = weights_of(made.out)
     for name, delta in found.items():
         layer = model.base_model.model.get_submodule(name)
-        scale = layer.scaling["c"]  # of a config that PEFT copies from the first adapter, and leaves out in its factors
-        torch.testing.assert_close(delta, layer.get_delta_weight("c") / scale, rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(delta, layer.get_delta_weight("c"), rtol=2e-3, atol=2e-4)
 
 
 def test_dare_depends_on_the_seed_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:

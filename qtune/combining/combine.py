@@ -114,10 +114,11 @@ def combine(
     lost: dict[str, tuple[float, float]] = {}
     with screen.bar("combining", len(deltas.bases)) as advance:
         for name, delta in _deltas(asked, deltas, weights, windows, screen):
-            size = norm(delta)
-            if rank is None and not isinstance(delta, Factors):
-                raise _not_exact(asked.how, runs)
-            made[name], share = (delta, 0.0) if rank is None else to_rank(delta, rank, name)  # type: ignore[assignment]
+            size, most = norm(delta), rank
+            if most is None:
+                assert isinstance(delta, Factors), "what has no factors is refused without a rank"
+                most = delta.rank
+            made[name], share = to_rank(delta, most, name)
             lost[name] = size, share
             advance(1)
     about = {

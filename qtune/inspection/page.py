@@ -159,9 +159,9 @@ def _errors(found: Look) -> list[Figure]:
     even = (Key("uniform noise", "planned", "dash"), percent, [1 - (1 - share) ** 3 for share in SHARES])
     made = [
         _figure("density", "Density of |error|, in root mean squares", [*densities, *noise],
-                "flat up to 1.7: uniform, as rounding alone gives", x_label="root mean squares"),
+                "flat up to 1.7: uniform, as rounding alone gives", x_label="root mean squares", zero=True),
         _figure("shares", "Share of the squared error in the largest entries", [*shares, even],
-                "the more it bulges, the fewer entries hold the error", x_label="% of the entries"),
+                "the more it bulges, the fewer entries hold the error", x_label="% of the entries", zero=True),
     ]  # fmt: skip
     if found.packed:
         made.append(_structure(found.packed))
