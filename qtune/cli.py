@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint that lies in DIR")
     sub.add_argument("--device", help="auto, cuda, mps or cpu; default: the recipe's")
 
-    export_options(command("export", "Write the adapter of a run as PEFT reads it."))
+    export_options(command("export", "Write the adapter of a run for PEFT or llama.cpp."))
     import_options(command("import", "Take an adapter that PEFT wrote, as the folder of a run."))
     combine_options(command("combine", "Make one adapter of several runs on one base."))
     report_options(command("report", "Write the page of a run: curves, memory, samples, recipe, in one HTML file."))

@@ -20,9 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import bnb
-from .adapters import METHODS, Adapted, Adapter, AdapterSpec, adapted_sites
-from .adapters.files import kept_layers, load_adapter, load_first, starts_elsewhere
+from .adapters import Adapted, Adapter
+from .adapters.files import load_adapter, load_first, starts_elsewhere
 from .adapters.sites import SHARED
 from .adapters.starts import difference
 from .card import model_card
@@ -32,7 +31,6 @@ from .errors import QtuneError, one_of
 from .memory.layers import device_of
 from .model.experts import Experts
 from .model.saving import PublishedNames
-from .peft import to_peft
 from .quant import Dense, QuantEmbedding, QuantLinear
 from .quant.scheme import DTYPES
 from .recipe import Recipe
@@ -124,7 +122,7 @@ def _merge(run: Run, out: Path, partial_out: Path, dtype: str, keep_base: str, s
     if keep_base == "original":
         with in_dtype(model, torch.float32):
             trained = logits_of(model, prompts)
-        model = _on_original(run, dtype, screen)
+        model = on_original(run, dtype, screen)
     reference = Reference.of(model, prompts, DTYPES[dtype])
     nbytes = write_merged(model, partial_out, DTYPES[dtype], screen)
     _write_companions(run, model, partial_out, dtype)
@@ -292,7 +290,7 @@ def _write_companions(run: Run, model: Any, out: Path, dtype: str) -> None:
         shutil.copyfile(path, out / path.name)
 
 
-def _on_original(run: Run, dtype: str, screen: Screen) -> Any:
+def on_original(run: Run, dtype: str, screen: Screen) -> Any:
     """The run's model again, over the weights before quantization. Of an adapter that did not start as the identity
     only what it learned goes on top: its start made up for the quantization, which is not there."""
     recipe = run.recipe
@@ -322,6 +320,14 @@ class Learned(nn.Module):
         weight, bias = self.trained.merged(base)
         return weight.sub_(self.first.merged(base)[0]).add_(base.dequantize()), bias
 
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
+        """The difference of two changes that have factors, as one."""
+        parts = [one.low_rank(base) for one in (self.trained, self.first)]
+        if parts[0] is None or parts[1] is None:
+            return None
+        (A, B, s), (A0, B0, s0) = parts[0], parts[1]
+        return *difference(A.float(), s * B.float(), A0.float(), s0 * B0.float()), 1.0
+
     def peft_state(self) -> dict[str, Tensor]:
         """The difference as a LoRA of twice the rank; no other kind of method has such a form."""
         names = ("lora_A.weight", "lora_B.weight")
@@ -331,63 +337,3 @@ class Learned(nn.Module):
     def peft_lists(self) -> tuple[str, ...]:
         """As the trained adapter's."""
         return self.trained.peft_lists()
-
-
-def export_peft(run: Run, out: Path, screen: Screen, keep_base: str | None = None) -> float | None:
-    """Write a run's adapter as PEFT reads it. keep_base: `trained`, the adapter as it is, for the packed base that it
-    was trained on; `original`, what it learned, for the weights before quantization. Without a word the first, unless
-    no other tool has the base: its codes are the run's own, or it is not in 4 bits of bitsandbytes and the start is no
-    identity.
-
-    Returns KL(trained || original with the export), nats a token, where the two differ. Raises QtuneError.
-    """
-    if keep_base not in (None, *KEEP_BASE):
-        raise one_of("--keep-base", keep_base, KEEP_BASE)
-    own = bool(kept_layers(run.model))
-    foreign = starts_elsewhere(run.model) and not all(
-        site.base.scheme.name in bnb.SCHEMES for site in adapted_sites(run.model).values()
-    )  # on the original weights a start counts twice, and that is the base that other tools have
-    keep_base = keep_base or ("original" if own or foreign else "trained")
-    spec, name = run.recipe.adapter, run.recipe.model
-    if keep_base == "trained":
-        if own:
-            raise QtuneError(
-                "Q806",
-                f"the codes of this run's base are its own ({spec.method}, codes {run.recipe.calibrate.codes}), and no "
-                "other tool has them: export with --keep-base original, or merge",
-            )
-        to_peft(run.model, spec, out, name)
-        _tell_peft(run, out, screen)
-        return None
-    prompts = prompts_of(run)
-    with in_dtype(run.model, torch.float32):
-        trained = logits_of(run.model, prompts)
-    model = _on_original(run, run.recipe.dtype, screen)
-    if starts_elsewhere(run.model):
-        spec = _doubled(spec)
-    to_peft(model, spec, out, name)
-    _tell_peft(run, out, screen)
-    with in_dtype(model, torch.float32):
-        return float(Reference(prompts, trained, 0.0).kl(logits_of(model, prompts)).mean())
-
-
-def _tell_peft(run: Run, out: Path, screen: Screen) -> None:
-    """Where there are new tokens, their tokenizer, and what PEFT leaves to its user."""
-    own = rows_of(run.model)
-    if own is None:
-        return
-    run.tokenizer.save_pretrained(out)
-    if own.table.shape[0] > own.table.count:
-        screen.line(
-            f"note: the vocabulary is longer than the base's: call model.resize_token_embeddings({own.table.shape[0]}) "
-            "on the base before PEFT loads the adapter (AutoPeftModelForCausalLM does so itself)", "yellow",
-        )  # fmt: skip
-
-
-def _doubled(spec: AdapterSpec) -> AdapterSpec:
-    """The spec of `Learned`: twice the rank, and alpha so that the scale stays."""
-    options = spec.resolved()
-    if METHODS[spec.method].peft is None or "alpha" not in options:
-        return spec  # has no form in PEFT, which `to_peft` says
-    factor = 2**0.5 if options["rslora"] else 2.0
-    return replace(spec, options=options | {"rank": 2 * options["rank"], "alpha": factor * options["alpha"]})

@@ -17,6 +17,7 @@ from peft.utils import merge_utils
 from test_laws import SHIPPED, Case
 from torch import Tensor
 
+from qtune.adapter_export import export_peft
 from qtune.adapters import METHODS, adapted_sites
 from qtune.adapters.deltas import Factors, delta_of, dense, has_factors, inner, norm, stacked, to_rank
 from qtune.cli import main
@@ -24,7 +25,7 @@ from qtune.combining import ways
 from qtune.combining.combine import Asked, Combined, combine
 from qtune.combining.search import minimum
 from qtune.errors import QtuneError
-from qtune.export import export_peft, merge
+from qtune.export import merge
 from qtune.recipe import Recipe
 from qtune.runs import combined_from, open_run
 from qtune.screen import Screen

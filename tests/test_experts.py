@@ -17,11 +17,12 @@ from test_planner_trace import bytes_in_order
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qtune.adapter_export import export_peft
 from qtune.adapters import AdapterSpec, adapt, adapted_sites, find_sites
 from qtune.batches import Batch
 from qtune.checkpoint import Safetensors
 from qtune.errors import QtuneError
-from qtune.export import export_peft, merge
+from qtune.export import merge
 from qtune.model import load, save_quantized
 from qtune.model.experts import Experts, experts_of, split
 from qtune.model.names import plan

@@ -230,6 +230,11 @@ def test_every_method_mixes_with_plain_lora(method: str, tmp_path: Path) -> None
         assert torch.equal(site(x), one)
 
 
+def factors_of(site: Any) -> tuple[Tensor, Tensor, float]:
+    found: tuple[Tensor, Tensor, float] = site.adapter.low_rank(site.base)
+    return found
+
+
 def close(found: Tensor, wanted: Tensor) -> None:
     assert found.shape == wanted.shape
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
@@ -241,7 +246,7 @@ def test_low_rank_is_what_the_method_adds(method: str, tmp_path: Path) -> None:
     model = law_case(method, tmp_path, 2)[1]
     found = 0
     for site in adapted_sites(model).values():
-        if (low := site.adapter.low_rank()) is not None:
+        if (low := site.adapter.low_rank(site.base)) is not None:
             A, B, scale = low
             found += 1
             weight = site.base.dequantize() + scale * B.float() @ A.float()
@@ -369,7 +374,7 @@ def test_selection_keeps_the_parts_of_largest_reach(folders: dict[str, Path]) ->
     weights = {"one": 0.7, "two": -0.4}
     deltas = []
     for name, weight in weights.items():
-        A, B, scale = adapted_sites(alone(folders[name]))["layers.0.q_proj"].adapter.low_rank()
+        A, B, scale = factors_of(adapted_sites(alone(folders[name]))["layers.0.q_proj"])
         u, d, vh = torch.linalg.svd((scale * weight * B @ A).double())
         deltas += [(d[i] * u[:, i], vh[i]) for i in range(len(A))]
     x = x_of()
@@ -404,7 +409,7 @@ def test_a_fixed_selection_is_a_plain_lora(folders: dict[str, Path]) -> None:
         y = site(x)
         from qtune.adapters import parts
 
-        low = [adapted_sites(_decoder_with(folder))["layers.0.q_proj"].adapter.low_rank() for folder in lone.values()]
+        low = [factors_of(adapted_sites(_decoder_with(folder))["layers.0.q_proj"]) for folder in lone.values()]
         whole = parts.join([parts.split(*one) for one in low])
         kept = parts.strongest(whole, parts.mean_reach(whole, torch.cat(sample)), 3)
         A, B = kept.factors()

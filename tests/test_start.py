@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import qtune
+from qtune.adapter_export import export_peft
 from qtune.adapters import AdapterSpec, Source, adapt, adapted_sites
 from qtune.adapters.sites import distance
 from qtune.errors import QtuneError
-from qtune.export import export_peft, merge
+from qtune.export import merge
 from qtune.model import load, save_quantized
 from qtune.model.layerwise import windows_of
 from qtune.quant import INT3, INT8, NF4, Dense, Mixed, QuantLinear, storage_from

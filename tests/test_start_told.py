@@ -67,7 +67,7 @@ def test_a_start_from_a_run_on_another_base_is_told_before_loading(
 
 
 def test_first_values_of_another_run_are_told_by_their_file(pissa: Path, tmp_path: Path) -> None:
-    from qtune.export import export_peft
+    from qtune.adapter_export import export_peft
 
     folder = shutil.copytree(pissa, tmp_path / "run")
     other = train(runs_helper.recipe(tmp_path, adapter=PISSA | {"rank": 3}, train__steps=1, output=str(tmp_path / "o")))

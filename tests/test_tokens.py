@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qtune.adapter_export import export_peft
 from qtune.adapters import AdapterSpec, adapt
 from qtune.adapters.files import INFO, TENSORS, adapter_tensors, read_adapter_json
 from qtune.batches import Batch
@@ -23,7 +24,7 @@ from qtune.cli import main
 from qtune.data.words import add_words, split_marks
 from qtune.errors import QtuneError
 from qtune.evaluate import generate
-from qtune.export import export_peft, merge
+from qtune.export import merge
 from qtune.loss import LossOptions
 from qtune.memory.table import table_on_host
 from qtune.model import load, load_tokenizer

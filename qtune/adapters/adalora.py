@@ -107,14 +107,9 @@ class AdaLoRA(Adapter):
             return base.shift(base.product_plus(x, right, P, self.scale))
         return base(x) + F.linear(F.linear(self.dropout(x), right) * self.scale, P)
 
-    def low_rank(self) -> tuple[Tensor, Tensor, float]:
-        return self.sigma[:, None] * self.Q, self.P, self.scale
-
     @torch.no_grad()
-    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
-        right = self.sigma[:, None].float() * self.Q.float()
-        weight = base.dequantize(torch.float32).addmm_(self.P.float(), right, alpha=self.scale)
-        return weight, None if base.bias is None else base.bias.float()
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
+        return self.sigma[:, None].float() * self.Q.float(), self.P, self.scale
 
     def penalty(self) -> Tensor | None:
         if self.weight == 0 or (self.balance and self.settled):

@@ -139,10 +139,18 @@ class Adapter(nn.Module):
 
     # ---- derived, overridden rarely ----
 
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
+        """A [r, in], B [out, r] and s where all that the method does to `base` is to add s B A to its weight."""
+        return None
+
     @torch.no_grad()
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
-        """The dense fp32 weight [out, in] and bias [out] that compute the same as `forward`, by probing. Additive
-        methods override it."""
+        """The dense fp32 weight [out, in] and bias [out] that compute the same as `forward`: by `low_rank`, or by
+        probing. Other additive methods override it."""
+        if (factors := self.low_rank(base)) is not None:
+            A, B, scale = factors
+            weight = base.dequantize(torch.float32).addmm_(B.float(), A.float(), alpha=scale)
+            return weight, None if base.bias is None else base.bias.float()
         dense = _dense_copy(base)
         like: dict[str, Any] = {"dtype": torch.float32, "device": base.device}
         bias = self(torch.zeros(1, base.in_features, **like), dense)[0]
@@ -158,11 +166,6 @@ class Adapter(nn.Module):
         """Write the change into the packed parts of `base`, which then computes alone what `forward` did, as exactly
         as the parts' own dtypes can say it. False, and nothing is written: the method has no such form."""
         return False
-
-    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
-        """A [rank, in], B [out, rank] and s, where `forward` is base(x) + s B A x with dropout off; None: it is not,
-        or factors of that form are much larger than what they are made of."""
-        return None
 
     def peft_state(self) -> dict[str, Tensor]:
         """The parameters under PEFT's names and in PEFT's shapes."""
@@ -295,16 +298,10 @@ def recompute(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 def _dense_copy(base: QuantLinear) -> QuantLinear:
     """The base in fp32: what a probe runs over."""
-    device = base.device
     dense = QuantLinear(
-        base.in_features,
-        base.out_features,
-        Dense("float32"),
-        bias=base.bias is not None,
-        dtype=torch.float32,
-        device=device,
-        name=base.name,
-    )
+        base.in_features, base.out_features, Dense("float32"), bias=base.bias is not None, dtype=torch.float32,
+        device=base.device, name=base.name,
+    )  # fmt: skip
     dense.set_parts({"weight": base.dequantize(torch.float32)})
     if base.bias is not None and dense.bias is not None:
         dense.bias.data.copy_(base.bias)

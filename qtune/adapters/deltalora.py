@@ -54,15 +54,10 @@ class DeltaLoRA(LoRA):
         y = base.product_plus(x, _LessGradient.apply(self.A, part), _LessGradient.apply(self.B, part), self.whole)
         return carried.beside(y, x, self.begun_A, self.begun_B, -self.ratio * self.scale)
 
-    def low_rank(self) -> tuple[Tensor, Tensor, float]:
-        begun = self.begun_B.to(self.B) * (-self.ratio * self.scale / self.whole)
-        return torch.cat((self.A, self.begun_A.to(self.A))), torch.cat((self.B, begun), 1), self.whole
-
     @torch.no_grad()
-    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
-        weight = base.dequantize(torch.float32).addmm_(self.B.float(), self.A.float(), alpha=self.whole)
-        weight.addmm_(self.begun_B.float(), self.begun_A.float(), alpha=-self.ratio * self.scale)
-        return weight, None if base.bias is None else base.bias.float()
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
+        B = self.B.float() * self.whole, self.begun_B.float() * (-self.ratio * self.scale)
+        return torch.cat((self.A, self.begun_A)), torch.cat(B, 1), 1.0
 
     @classmethod
     def before_step(cls, adapters: Mapping[str, Adapter], step: int, steps: int) -> Changes:

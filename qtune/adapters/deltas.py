@@ -18,7 +18,6 @@ from torch import Tensor
 from ..errors import QtuneError
 from .base import Adapted, Adapter
 from .carried import cut
-from .factored import Factored
 from .lora import LoRA
 from .starts import halves, top
 
@@ -57,12 +56,12 @@ Delta: TypeAlias = Factors | Tensor
 
 def is_lora(method: type[Adapter]) -> bool:
     """Is a trained adapter of this method a LoRA: A, B and a scale, and nothing of the base?"""
-    return method.merged is LoRA.merged
+    return method.low_rank is LoRA.low_rank
 
 
 def has_factors(method: type[Adapter]) -> bool:
     """Is the delta a product of two factors that the method has?"""
-    return is_lora(method) or method.merged is Factored.merged
+    return method.low_rank is not Adapter.low_rank
 
 
 @torch.no_grad()
@@ -72,11 +71,10 @@ def delta_of(site: Adapted, name: str) -> Delta:
     Raises QtuneError where it changes the bias too, which is no delta of the weight.
     """
     adapter = site.adapter
-    if isinstance(adapter, LoRA) and is_lora(type(adapter)):
-        return Factors(adapter.A.detach().float(), adapter.B.detach().float() * adapter.scale)
-    if isinstance(adapter, Factored) and has_factors(type(adapter)):
-        A, B = adapter.factors(torch.float32)
-        return Factors(A, B * adapter.scale)
+    if (found := adapter.low_rank(site.base)) is not None:
+        A, B, scale = found
+        wide = torch.promote_types(A.dtype, torch.float32)
+        return Factors(A.detach().to(wide), B.detach().to(wide) * scale)
     weight, bias = site.merged()
     own = site.base.bias
     if bias is not None and (own is None or bool((bias - own.float()).norm() > ROUNDING * own.float().norm())):

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import PeftNames, QuantLinear, Source, trainable
+from .base import Adapter, PeftNames, QuantLinear, Source, trainable
 from .lora import NAMES, LoRA
 
 TINY = 1e-30  # below any squared norm that matters: a row of zeros gets the factor 0, not NaN
@@ -70,11 +70,10 @@ class DoRA(LoRA):
         change = (self.magnitude / self.norm(base, x.dtype) - 1).to(x.dtype)
         return base.shift(torch.addcmul(y, y, change))
 
-    def low_rank(self) -> None:
-        return None  # the magnitude scales the base too
+    low_rank = Adapter.low_rank  # the magnitude scales the base, too
 
     @torch.no_grad()
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
-        weight, bias = super().merged(base)
+        weight = base.dequantize(torch.float32).addmm_(self.B.float(), self.A.float(), alpha=self.scale)
         factor = self.magnitude.float() / torch.linalg.vector_norm(weight, dim=1).clamp(min=TINY**0.5)
-        return weight.mul_(factor.unsqueeze(1)), bias
+        return weight.mul_(factor.unsqueeze(1)), None if base.bias is None else base.bias.float()

@@ -62,14 +62,9 @@ class DyLoRA(LoRA):
         inner = F.linear(self.dropout(x), A.to(x.dtype)) * scale
         return base.product(x) + F.linear(inner, B.to(x.dtype))
 
-    def low_rank(self) -> tuple[Tensor, Tensor, float]:
-        return self.factors()
-
     @torch.no_grad()
-    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
-        A, B, scale = self.factors()
-        weight = base.dequantize(torch.float32).addmm_(B.float(), A.float(), alpha=scale)
-        return weight, None if base.bias is None else base.bias.float()
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
+        return self.factors()
 
     def peft_state(self) -> dict[str, Tensor]:
         return {"lora_A.weight": self.A[: self.at], "lora_B.weight": self.B[:, : self.at]}

@@ -36,14 +36,9 @@ class Factored(Adapter, register=False):
         inner = F.linear(self.dropout(x), A) * self.scale
         return base.shift(base.product(x) + F.linear(inner, B))
 
-    def low_rank(self) -> tuple[Tensor, Tensor, float]:
-        return *self.factors(torch.float32), self.scale
-
     @torch.no_grad()
-    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
-        A, B = self.factors(torch.float32)
-        weight = base.dequantize(torch.float32).addmm_(B, A, alpha=self.scale)
-        return weight, None if base.bias is None else base.bias.float()
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
+        return *self.factors(torch.float32), self.scale
 
     def peft_state(self) -> dict[str, Tensor]:
         """The factors in fp32, as PEFT's LoRA holds them."""

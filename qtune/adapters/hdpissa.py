@@ -56,14 +56,9 @@ class HDPiSSA(Adapter):
         y = base.product_plus(x, self.A, self.b, 1.0)
         return base.shift(y + F.linear(F.linear(x, self.a.to(x.dtype)), self.B.to(x.dtype)))
 
-    def low_rank(self) -> tuple[Tensor, Tensor, float]:
-        return torch.cat((self.A, self.a)), torch.cat((self.b, self.B), 1), 1.0
-
     @torch.no_grad()
-    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
-        weight = base.dequantize(torch.float32).addmm_(self.b.float(), self.A.float())
-        weight.addmm_(self.B.float(), self.a.float())
-        return weight, None if base.bias is None else base.bias.float()
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
+        return torch.cat((self.A, self.a)), torch.cat((self.b, self.B), 1), 1.0
 
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> list[str]:

@@ -54,11 +54,9 @@ class HRA(Adapter):
         return base(x - F.linear(x, U) @ UT)
 
     @torch.no_grad()
-    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
-        weight = base.dequantize(torch.float32)
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
         U, UT = self.factors(torch.float32)
-        weight -= (weight @ UT.T) @ U
-        return weight, None if base.bias is None else base.bias.float()
+        return U, base.dequantize(torch.float32) @ UT.T, -1.0
 
     def peft_state(self) -> dict[str, Tensor]:
         return {"hra_u": self.u.T.contiguous()}

@@ -76,13 +76,15 @@ class LoRA(Adapter):
     def forward(self, x: Tensor, base: QuantLinear) -> Tensor:
         return base.shift(self.changed(x, base))
 
-    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+    @torch.no_grad()
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
         return self.A, self.B, self.scale
 
-    @torch.no_grad()
-    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
-        weight = base.dequantize(torch.float32).addmm_(self.B.float(), self.A.float(), alpha=self.scale)
-        return weight, None if base.bias is None else base.bias.float()
+    @classmethod
+    def peft_config(cls, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+        """Ranks and alphas where they differ from site to site, as those of a change that was cut do."""
+        ranks = {len(one.A) for one in adapters.values() if isinstance(one, LoRA)}
+        return patterns(adapters) if len(ranks) > 1 else {}
 
     @classmethod
     def from_peft(cls, given: FromPeft) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -122,3 +124,17 @@ class LoRA(Adapter):
 def _orthogonal_rows(values: Tensor) -> None:
     """Rows [rank, in] at right angles, of the length that Kaiming-uniform ones have on average."""
     values.copy_(nn.init.orthogonal_(torch.empty(values.shape, device=values.device), 3**-0.5))
+
+
+def patterns(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    """What PEFT's LoRA is told of factors whose ranks differ: rank and alpha of each site."""
+    found: dict[str, tuple[int, float]] = {}
+    for name, one in adapters.items():
+        assert isinstance(one, LoRA)
+        found[name] = len(one.A), one.scale * len(one.A)
+    rank, alpha = next(iter(found.values()))
+    config: dict[str, Any] = {"r": rank, "lora_alpha": alpha}
+    if len(set(found.values())) > 1:
+        config["rank_pattern"] = {name: r for name, (r, _) in found.items()}
+        config["alpha_pattern"] = {name: a for name, (_, a) in found.items()}
+    return config

@@ -138,7 +138,7 @@ class Adapters:
         mixture = Mixture((self._weights(which),), select=True, count=count)
         for name, site in self._in_use(mixture):
             for own, adapter in zip(site.names, site.adapters, strict=True):
-                if own in mixture.names and adapter.low_rank() is None:  # type: ignore[operator]
+                if own in mixture.names and adapter.low_rank(site.base) is None:  # type: ignore[operator]
                     raise QtuneError(
                         "Q420",
                         f"adapter {own!r} ({self.specs[own].method}) is no product of two factors at {name}, so that "

@@ -185,7 +185,11 @@ class Mixed(nn.Module):
     def _stacked(self, x: Tensor) -> Summed | ByRow:
         assert self.mixture is not None
         members = self.members()
-        low = {name: found for name, one in members.items() if (found := one.low_rank()) is not None}
+        low: dict[str, tuple[Tensor, Tensor, float]] = {}
+        for name, one in members.items():
+            whole = self.mixture.select or not one.has_own("shared")  # what sites share is not copied to each of them
+            if whole and (found := one.low_rank(self.base)) is not None:
+                low[name] = found
         others = {name: one for name, one in members.items() if name not in low}
         if self.mixture.by_row:
             return ByRow(low, others, self.mixture.rows, x)

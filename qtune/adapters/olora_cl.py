@@ -54,9 +54,8 @@ class ContinualLoRA(LoRA):
         return self.weight * (self.carried_A.float() @ self.A.float().T).abs().sum()
 
     @torch.no_grad()
-    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
-        weight, bias = super().merged(base)
-        return weight.addmm_(self.carried_B.float(), self.carried_A.float(), alpha=self.scale), bias
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
+        return torch.cat((self.A, self.carried_A)), torch.cat((self.B, self.carried_B), 1), self.scale
 
     @classmethod
     def taken_over(cls, adapters: Mapping[str, Adapter]) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from .base import Adapter, PeftNames, QuantLinear
-from .lora import LoRA
-from .sora import NAMES, patterns
+from .lora import LoRA, patterns
+from .sora import NAMES
 
 
 class PRILoRA(LoRA):

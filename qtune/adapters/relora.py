@@ -56,14 +56,9 @@ class ReLoRA(LoRA):
     def changed(self, x: Tensor, base: QuantLinear) -> Tensor:
         return carried.beside(super().changed(x, base), x, self.carried_A, self.carried_B, self.scale)
 
-    def low_rank(self) -> tuple[Tensor, Tensor, float]:
-        A, B = (self.carried_A.to(self.A), self.A), (self.carried_B.to(self.B), self.B)
-        return torch.cat(A), torch.cat(B, 1), self.scale
-
     @torch.no_grad()
-    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
-        weight, bias = super().merged(base)
-        return weight.addmm_(self.carried_B.float(), self.carried_A.float(), alpha=self.scale), bias
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
+        return torch.cat((self.A, self.carried_A)), torch.cat((self.B, self.carried_B), 1), self.scale
 
     # ---- in time
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import Adapter, Change, Changes, PeftNames, QuantLinear, Source, draw, trainable
-from .lora import LoRA
+from .lora import LoRA, patterns
 
 NAMES = PeftNames(
     peft_type="LORA",
@@ -61,14 +61,9 @@ class SoRA(LoRA):
             return base.product_plus(x, A, B, self.scale)
         return base.product(x) + F.linear(F.linear(self.dropout(x), A) * self.scale, B)
 
-    def low_rank(self) -> tuple[Tensor, Tensor, float]:
-        return self.g[:, None] * self.A, self.B, self.scale
-
     @torch.no_grad()
-    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
-        A = self.g[:, None].float() * self.A.float()
-        weight = base.dequantize(torch.float32).addmm_(self.B.float(), A, alpha=self.scale)
-        return weight, None if base.bias is None else base.bias.float()
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
+        return self.g[:, None].float() * self.A.float(), self.B, self.scale
 
     def peft_state(self) -> dict[str, Tensor]:
         return super().peft_state() | {"lora_A.weight": self.g[:, None] * self.A}
@@ -140,17 +135,3 @@ class Shrink:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         return F.softshrink(tensor, self.threshold)
-
-
-def patterns(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    """What PEFT's LoRA is told of factors whose ranks differ: rank and alpha of each site."""
-    found: dict[str, tuple[int, float]] = {}
-    for name, one in adapters.items():
-        assert isinstance(one, LoRA)
-        found[name] = len(one.A), one.scale * len(one.A)
-    rank, alpha = next(iter(found.values()))
-    config: dict[str, Any] = {"r": rank, "lora_alpha": alpha}
-    if len(set(found.values())) > 1:
-        config["rank_pattern"] = {name: r for name, (r, _) in found.items()}
-        config["alpha_pattern"] = {name: a for name, (_, a) in found.items()}
-    return config

@@ -82,10 +82,9 @@ class VeRA(Adapter):
         return base(x) + F.linear(inner, B) * self.b.to(x.dtype)
 
     @torch.no_grad()
-    def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
         A, B = self.projections(base, torch.float32)
-        weight = base.dequantize(torch.float32).addmm_(self.b.float().unsqueeze(1) * B * self.d.float(), A)
-        return weight, None if base.bias is None else base.bias.float()
+        return A, self.b.float().unsqueeze(1) * B * self.d.float(), 1.0
 
     @classmethod
     def from_peft(cls, given: FromPeft) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

@@ -145,6 +145,10 @@ Q811 A task that lm-eval cannot load
 The harness knows no task of that name, or cannot read its file or data.
 > `lm_eval ls tasks` lists the names; in a YAML file, paths of data are relative to the current folder.
 
+Q812 A change that no LoRA can say, or no file of llama.cpp
+The adapter changes more than weights of linear layers, or layers that llama.cpp's adapters do not have.
+> `qtune merge` writes the whole model in place of it.
+
 = Q9: the system
 
 Q901 A file or folder that cannot be written

@@ -7,16 +7,19 @@ tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
 from ..checkpoint import Piece, Pieces
-from ..errors import QtuneError
+from ..errors import QtuneError, listed
 from ..gguf import GGUF
 from .experts import fused_shapes, library_state, part_of
 
@@ -126,3 +129,67 @@ def _gguf_reader(
         return made
 
     return read
+
+
+# ---- the way out, for adapters
+
+# model_type -> the architecture that llama.cpp's convert_hf_to_gguf.py gives it, as far as that leaves linear layers as
+# they are or transformers' processors undo what it does to them
+ARCHITECTURES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
+    "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2",
+}  # fmt: skip
+
+
+def gguf_architecture(config: Any) -> str:
+    """What llama.cpp calls a model of this configuration. Raises QtuneError where we do not know."""
+    if config.model_type not in ARCHITECTURES:
+        raise QtuneError(
+            "Q812",
+            f"how llama.cpp lays out a model of type {config.model_type!r} is not known here; known: "
+            f"{', '.join(ARCHITECTURES)}. Export with --as lora, and use llama.cpp's own convert_lora_to_gguf.py",
+        )
+    return ARCHITECTURES[config.model_type]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a linear layer lies in a GGUF file. order: row i of the layer is row order[i] of the file."""
+
+    name: str
+    order: Tensor
+
+    def rows(self, values: Tensor) -> Tensor:
+        """values [out, n] of the layer, in the order of the file."""
+        return torch.empty_like(values).index_copy_(0, self.order.to(values.device), values)
+
+
+def gguf_places(model: PreTrainedModel, layers: Sequence[str]) -> dict[str, Place]:
+    """Layer -> its place in a GGUF file of the model, by what transformers undoes where it reads one: the processor is
+    asked what becomes of rows that are numbered. Raises QtuneError for layers that have no place of their own."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    architecture = gguf_architecture(model.config)
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+    asked = SimpleNamespace(
+        config=model.config, state_dict=lambda: {f"{name}.weight": None for name in layers}, named_children=list
+    )
+    names = get_gguf_hf_weights_map(asked, processor, architecture, model.config.num_hidden_layers)
+    found = {}
+    for theirs, ours in names.items():
+        layer = ours.removesuffix(".weight")
+        site: Any = model.get_submodule(layer)
+        count = site.base.out_features
+        numbered = np.tile(np.arange(count, dtype=np.float32)[:, None], 2)
+        result = processor.process(weights=numbered, name=theirs, tensor_key_mapping=names, parsed_parameters={})
+        rows = result.weights if result.weights.shape == numbered.shape else result.weights.T
+        order = torch.from_numpy(np.ascontiguousarray(rows[:, 0])).long()
+        if (rows != rows[:, :1]).any() or not torch.equal(order.sort().values, torch.arange(count)):
+            raise QtuneError("Q812", f"{layer}: its rows lie in the file of {architecture} in no order of their own")
+        found[layer] = Place(theirs, order)
+    tied = {"lm_head"} if model.config.tie_word_embeddings else set()
+    if missing := [name for name in layers if name not in found or name in tied]:
+        raise QtuneError(
+            "Q812", f"llama.cpp has no adapter for {listed(missing)}: merge, or train without them in adapter.targets"
+        )
+    return found
