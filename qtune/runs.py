@@ -105,7 +105,7 @@ def combined_from(folder: Path) -> list[str]:
         raise QtuneError("Q411", f"{path} cannot be read: {error}") from error
 
 
-def open_run(folder: Path, screen: Screen, *, device: str | None = None) -> Run:
+def open_run(folder: str | Path, screen: Screen, *, device: str | None = None) -> Run:
     """Load base, tokenizer and adapter of a run, or of the checkpoint whose folder is given."""
     run = open_base(folder, screen, device=device)
     load_adapter(run.model, run.adapter)
@@ -113,8 +113,9 @@ def open_run(folder: Path, screen: Screen, *, device: str | None = None) -> Run:
     return run
 
 
-def open_base(folder: Path, screen: Screen, *, device: str | None = None) -> Run:
+def open_base(folder: str | Path, screen: Screen, *, device: str | None = None) -> Run:
     """As `open_run`, without the adapter, which the model then does not carry."""
+    folder = Path(folder)
     recipe, run = read_recipe(folder), run_of(folder)
     if Path(recipe.model).is_absolute() and not Path(recipe.model).exists():
         raise QtuneError(

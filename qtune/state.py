@@ -43,9 +43,8 @@ def folder_of(run: Path, step: int) -> Path:
     return run / FOLDER / f"step-{step}"
 
 
-def run_of(folder: str | Path) -> Path:
+def run_of(folder: Path) -> Path:
     """The run that a folder is, or that a checkpoint's folder belongs to."""
-    folder = Path(folder)
     return folder.parent.parent if folder.parent.name == FOLDER and (folder / STATE).is_file() else folder
 
 
