@@ -5,8 +5,8 @@
 Adapters that are s B A x beside the base (`Adapter.low_rank`) are stacked, s and w folded into B once. One mixture for
 all samples: A [ranks, in], B [out, ranks], added inside of the base's product. A mixture for each sample: A [n, rank,
 in] of the n adapters, and batched products with those of each sample, of which a copy lives for the moment of the
-product only (on a CPU as fast as a loop over groups of rows, and less than half its time at one token a row; one
-product with all A, masked, took 10 to 20 % longer). Sites that are seen to read the same tensor (q, k, v; gate, up)
+product only. (Measured on a CPU: a loop over groups of rows is as fast on long rows, slower at one token a row; one
+product with all A, masked, is slower on long rows.) Sites that are seen to read the same tensor (q, k, v; gate, up)
 share the product with A. Other methods run their own forward over `Known`, a base whose product with x is there
 already. One adapter alone at weight 1 runs its own forward too: it is then computed as in its own run.
 """
@@ -84,6 +84,7 @@ class Mixed(nn.Module):
         self.base, self.names, self.adapters = base, list[str](), nn.ModuleList()
         self.siblings = siblings
         self.mixture: Mixture | None = None
+        self.members: Mapping[str, Adapter] = {}  # those that are in use
         self.reach: Tensor | None = None  # summed over a sample, while one runs
         self.tokens = 0
         self._stack: Summed | ByRow | None = None
@@ -101,17 +102,13 @@ class Mixed(nn.Module):
 
     def use(self, mixture: Mixture | None) -> None:
         """From the next call on."""
-        own = mixture is not None and any(name in self.names for name in mixture.names)
-        self.mixture = mixture if own else None
+        loaded = dict(zip(self.names, self.adapters, strict=True))
+        names = [] if mixture is None else [name for name in mixture.names if name in loaded]
+        self.members = {name: cast(Adapter, loaded[name]) for name in names}
+        self.mixture = mixture if names else None
         self.reach = self._stack = None
         self._group = _Group([self])
         self.siblings.held = None
-
-    def members(self) -> dict[str, Adapter]:
-        """The adapters of this site that are in use, by name."""
-        assert self.mixture is not None
-        loaded = dict(zip(self.names, self.adapters, strict=True))
-        return {name: cast(Adapter, loaded[name]) for name in self.mixture.names if name in loaded}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]; in a mixture for each sample [batch, length, in], or the same rows one by one."""
@@ -120,10 +117,10 @@ class Mixed(nn.Module):
             return self.base(x)  # type: ignore[no-any-return]
         if mixture.by_row:
             return self._mix(self._by_row(x, mixture)).view(*x.shape[:-1], -1)
-        if not mixture.select and len(members := self.members()) == 1:
-            ((name, adapter),) = members.items()
+        if not mixture.select and len(self.members) == 1:
+            ((name, adapter),) = self.members.items()
             if mixture.rows[0][name] == 1:
-                return cast(Tensor, adapter(x, self.base))
+                return adapter(x, self.base)  # type: ignore[no-any-return]
         return self._mix(x)
 
     def _by_row(self, x: Tensor, mixture: Mixture) -> Tensor:
@@ -184,13 +181,12 @@ class Mixed(nn.Module):
     @torch.no_grad()
     def _stacked(self, x: Tensor) -> Summed | ByRow:
         assert self.mixture is not None
-        members = self.members()
         low: dict[str, tuple[Tensor, Tensor, float]] = {}
-        for name, one in members.items():
+        for name, one in self.members.items():
             whole = self.mixture.select or not one.has_own("shared")  # what sites share is not copied to each of them
             if whole and (found := one.low_rank(self.base)) is not None:
                 low[name] = found
-        others = {name: one for name, one in members.items() if name not in low}
+        others = {name: one for name, one in self.members.items() if name not in low}
         if self.mixture.by_row:
             return ByRow(low, others, self.mixture.rows, x)
         return Summed(low, others, self.mixture, self.mixture.chosen.get(self), x)
@@ -214,7 +210,8 @@ class Summed:
         self, low: LowRank, others: Mapping[str, Adapter], mixture: Mixture, chosen: Tensor | None, x: Tensor
     ) -> None:
         (weights,) = mixture.rows
-        self.names, self.count = tuple(low), None if not mixture.select or chosen is not None else 0
+        self.names = tuple(low)
+        self.count: int | None = None  # of the parts that a token keeps; None: all
         self.others: Others = [(adapter, None, weights[name]) for name, adapter in others.items()]
         if not low:
             return
@@ -246,8 +243,8 @@ class Summed:
         return base.product_and(x, inner, self.B)
 
     def plus(self, y: Tensor, inner: Tensor) -> Tensor:
-        """y [..., out] with the adapters."""
-        return y + F.linear(inner, self.B)
+        """y [..., out], overwritten, with the adapters."""
+        return y.add_(F.linear(inner, self.B))
 
 
 class ByRow:
