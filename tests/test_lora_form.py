@@ -1,5 +1,4 @@
-"""Adapters of any method leave as a LoRA, and as the file that llama.cpp reads: against a float64 SVD, PEFT and the
-package gguf."""
+"""Adapters of any method leave as a LoRA, and as the file that llama.cpp reads: against a float64 SVD, PEFT, gguf."""
 
 from __future__ import annotations
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from qtune.adapter_export import export_gguf, export_lora
 from qtune.adapters import METHODS, AdapterSpec, Source, adapt, adapted_sites
+from qtune.adapters.files import load_first
 from qtune.cli import main
 from qtune.errors import QtuneError
 from qtune.lora_form import to_lora
@@ -152,7 +152,6 @@ def test_the_error_and_the_divergence_are_told(
     assert not (tmp_path / "x").exists()
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("method", ["lora", "pissa", "dora"])
 def test_llama_cpp_gets_what_was_learned(method: str, finished: Any, tmp_path: Path) -> None:
     """Read back by gguf's own reader; the rows of q and k undone by the formula of llama.cpp's converter, which writes
@@ -161,13 +160,9 @@ def test_llama_cpp_gets_what_was_learned(method: str, finished: Any, tmp_path: P
     if method == "pissa":
         left = export_gguf(run, file, QUIET, "original")
         first = open_run(finished(method), QUIET)
-        from qtune.adapters.files import load_first
-
         load_first(first.model, first.folder, first.adapter)
-        want = {
-            n: deltas(run.model)[n] if False else d - deltas(first.model)[n]
-            for n, d in _changes(finished(method)).items()
-        }
+        begun = deltas(first.model)
+        want = {name: delta - begun[name] for name, delta in _changes(finished(method)).items()}
     else:
         want = _changes(finished(method))
         left = export_gguf(run, file, QUIET, error=1e-3 if method == "dora" else None)
@@ -183,10 +178,8 @@ def test_llama_cpp_gets_what_was_learned(method: str, finished: Any, tmp_path: P
         name = names.get_name(site)
         A, B = tensors.pop(f"{name}.weight.lora_a"), tensors.pop(f"{name}.weight.lora_b")
         got = alpha / len(A) * B @ A
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-            site.rsplit(".", 1)[-1]
-        )
-        if heads is not None:
+        counts = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        if (heads := counts.get(site.rsplit(".", 1)[-1])) is not None:
             delta = delta.view(heads, 2, -1, delta.shape[1]).transpose(1, 2).reshape(delta.shape)
         torch.testing.assert_close(got, delta, rtol=0, atol=2e-3 * float(delta.norm()) + 1e-7)
     assert not tensors and left.kl < 1
