@@ -122,14 +122,14 @@ def test_bnb_names_are_bitsandbytes_own(scheme: Any, shape: tuple[int, int]) -> 
     codes, state = functional.quantize_4bit(
         w, blocksize=scheme.block, compress_statistics=scheme.double, quant_type=scheme.name
     )
-    theirs = {f".{k}" if k else "": v for k, v in {"": codes, **state.as_dict(packed=True)}.items()}
-    ours = bnb.to_bnb(scheme.pack(w), scheme, shape, torch.bfloat16)
+    theirs = {f"w.{k}" if k else "w": v for k, v in {"": codes, **state.as_dict(packed=True)}.items()}
+    ours = bnb.to_bnb("w", scheme.pack(w), scheme, shape, torch.bfloat16)
     assert ours.keys() == theirs.keys()
     for suffix, tensor in theirs.items():
         assert ours[suffix].dtype == tensor.dtype and torch.equal(ours[suffix], tensor), suffix
-    found, size, offset = bnb.from_state("w", ours[f"{bnb.STATE}{scheme.name}"])
+    found, size, offset = bnb.from_state("w", ours[f"w{bnb.STATE}{scheme.name}"])
     assert (found, size) == (scheme, shape)
-    back = bnb.to_parts("w", ours, found, offset)
+    back = bnb.to_parts("w", {name[1:]: tensor for name, tensor in ours.items()}, found, offset)
     assert all(torch.equal(back[part], tensor) for part, tensor in scheme.pack(w).items())
 
 

@@ -1,4 +1,4 @@
-"""Broken PEFT folders: each is refused with the code of what is wrong, without a traceback, and nothing is written."""
+"""Broken PEFT folders: each is refused with a code and what is wrong, without a traceback, and nothing is written."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "targets of numbers": (config(target_modules=[1, 2]), "target_modules is [1, 2]"),
     "targets no expression": (config(target_modules="(q_proj"), "target_modules"),
     "targets fewer": (config(target_modules=["q_proj"]), "leaves it out"),
-    "targets more": (config(target_modules=["q_proj", "lm_head"]), "lm_head"),
+    "targets more": (config(target_modules=".*(_proj|lm_head)"), "lm_head"),
     "layers text": (config(layers_to_transform="0"), "layers_to_transform"),
     "layers other": (config(layers_to_transform=[0]), "leaves it out"),
     "whole modules": (config(modules_to_save=["lm_head"]), "modules_to_save"),

@@ -73,7 +73,7 @@ def load(
 ) -> PreTrainedModel:
     """A frozen transformers model in eval mode whose linear layers are QuantLinear; `model.qtune` is its Origin.
 
-    model: folder with safetensors, hub id, .gguf file, or a packed folder (ours or bitsandbytes 4-bit), whose codes are
+    model: folder with safetensors, hub id, .gguf file, or a packed folder (ours or bitsandbytes'), whose codes are
     kept as they are. scheme: how linear layers are packed; None takes what a packed folder holds. embeddings: a scheme
     for the input table and the output head, which otherwise stay in `dtype`. progress(name, done, total) counts pieces.
     packing: what becomes of each linear weight. kept: a run's folder, whose own codes (`base.safetensors`) take the

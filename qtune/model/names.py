@@ -59,7 +59,10 @@ def plan(source: Source, model: PreTrainedModel) -> Pieces:
     rest = [name for name in files.entries if name not in used]
     _plain_pieces(files, rest, rename, _Shapes(model), found)
     if source.kind == "qtune" and found.stored is None:
-        found.faults.append("config.json says that it is packed, but no packed weight was found in it")
+        found.faults.append(
+            "config.json says that it is packed, but no packed weight was found in it; where its weights are plain "
+            "(llm_int8_has_fp16_weight), take quantization_config out of config.json"
+        )
     found.pieces.sort(key=lambda piece: dot_natural_key(next(iter(piece.targets), "")))
     return found
 
@@ -218,13 +221,12 @@ def _packed_pieces(files: Safetensors, model: PreTrainedModel, source: Source, r
     schemes: dict[Scheme, str] = {}
     for weight in list(bnb.weights(files.entries)):
         try:
-            scheme, shape, read = _bnb_piece(files, weight)
+            kept = bnb.packed(files, weight)
         except QtuneError as error:
             found.faults.append(str(error))
             continue
-        target = _add_packed(
-            found, rename, weight, [weight + s for s in bnb.suffixes(files.entries, weight)], shape, read, scheme
-        )
+        scheme = kept.scheme
+        target = _add_packed(found, rename, weight, kept.names, kept.shape, kept.read, scheme)
         if target == table:
             found.faults.append(
                 f"{weight} is an embedding packed by bitsandbytes, which transformers does not read either"
@@ -255,25 +257,6 @@ def _add_packed(
     else:
         found.pieces.append(Piece(" + ".join(names), {target: shape}, read, scheme=scheme))
     return target
-
-
-def _bnb_piece(files: Safetensors, weight: str) -> tuple[Scheme, tuple[int, ...], Callable[[], Parts]]:
-    names = bnb.suffixes(files.entries, weight)
-    state = next(suffix for suffix in names if suffix.startswith(bnb.STATE))
-    scheme, shape, offset = bnb.from_state(weight, files.read(weight + state))
-    sizes = {"codes": "", "absmax": ".absmax"} | ({"nested_absmax": ".nested_absmax"} if scheme.double else {})
-    for part, suffix in sizes.items():
-        expected = scheme.layout(shape)[part]
-        stored = files.entries.get(weight + suffix)
-        if stored is None:
-            raise QtuneError("Q306", f"{weight}{suffix} is missing")
-        if (
-            torch.Size(stored.shape).numel() * stored.dtype.itemsize
-            != torch.Size(expected[1]).numel() * expected[0].itemsize
-        ):
-            given = f"{weight}{suffix} is {tuple(stored.shape)}"
-            raise QtuneError("Q306", f"{given}, a weight of {shape} packed as {scheme} has {expected[1]}")
-    return scheme, shape, lambda: bnb.to_parts(weight, {s: files.read(weight + s) for s in names}, scheme, offset)
 
 
 def _own_pieces(files: Safetensors, rename: _Names, source: Source, tables: set[str], found: Pieces) -> None:

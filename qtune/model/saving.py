@@ -1,7 +1,7 @@
 """Write a packed model as a checkpoint that loads without the original.
 
-NF4 and FP4 linear layers: under transformers' bitsandbytes names in `model.safetensors`, so that
-`AutoModelForCausalLM.from_pretrained` loads it. Dense ones: an ordinary checkpoint. INT8, any scheme with packed
+NF4, FP4 and INT8 linear layers: under transformers' bitsandbytes names in `model.safetensors`, so that
+`AutoModelForCausalLM.from_pretrained` loads it. Dense ones: an ordinary checkpoint. Other schemes, any with packed
 embeddings, and packed experts, which that loader does not know: parts named `X.weight.<part>` in `qtune.safetensors`,
 which transformers does not find and so cannot misread; config.json then says in its entry `qtune` what they are.
 """
@@ -31,8 +31,7 @@ from transformers.core_model_loading import (
 from .. import bnb
 from ..checkpoint import SHARD_BYTES, Entry, write
 from ..errors import QtuneError
-from ..quant import Dense, QuantEmbedding, QuantLinear
-from ..quant.blockwise4 import Blockwise4
+from ..quant import Dense, QuantEmbedding, QuantLinear, Scheme
 from ..safe_io import write_json, write_text
 from .experts import Experts, experts_of
 from .skeleton import Origin
@@ -55,7 +54,8 @@ def save_quantized(model: PreTrainedModel, tokenizer: Any, out: str | Path, *, s
         )
     plain, packed = _sites(model)
     routed = any(isinstance(m, QuantLinear) and m.routed for m in model.modules())
-    standard = origin.embeddings is None and isinstance(origin.scheme, Dense if routed else Dense | Blockwise4)
+    foreign = isinstance(origin.scheme, Dense) or (bnb.says(origin.scheme) and not routed)
+    standard = origin.embeddings is None and foreign
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, _entries(model, standard), "model" if standard else "qtune", shard_bytes)
     write_json(folder / "config.json", _config(model, origin, standard, plain, packed))
@@ -95,7 +95,7 @@ def _config(
             "conv1d": [name for name in packed if getattr(sites[name], "conv1d", False)],
         }
     elif packed:
-        assert isinstance(origin.scheme, Blockwise4)
+        assert isinstance(origin.scheme, Scheme)
         config["quantization_config"] = bnb.quantization_config(origin.scheme, origin.dtype, plain)
     return config
 
@@ -129,12 +129,11 @@ def _packed(weight: str, layer: QuantLinear | QuantEmbedding, standard: bool) ->
         yield Entry(weight, dense.dtype, tuple(dense.shape), dense.detach)
         return
     if standard:
-        assert isinstance(layer.scheme, Blockwise4)
-        named = bnb.to_bnb(parts, layer.scheme, layer.shape, layer.dtype)
+        named = bnb.to_bnb(weight, parts, layer.scheme, layer.shape, layer.dtype)
     else:
-        named = {f".{part}": tensor for part, tensor in parts.items()}
-    for suffix, tensor in named.items():
-        yield Entry(weight + suffix, tensor.dtype, tuple(tensor.shape), tensor.detach)
+        named = {f"{weight}.{part}": tensor for part, tensor in parts.items()}
+    for name, tensor in named.items():
+        yield Entry(name, tensor.dtype, tuple(tensor.shape), tensor.detach)
 
 
 def _dense_part(experts: Experts, number: int, leaf: str) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import transformers
 
+from .. import bnb
 from ..checkpoint import faults_error
 from ..errors import QtuneError
 from ..gguf import GGUF
@@ -36,6 +37,8 @@ HUB_FILES = [
     "USE_POLICY*",
 ]
 HUB_LEFT_OUT = ["consolidated*", "original/*", "*/*"]
+DEQUANTIZED = {"compressed-tensors": "CompressedTensorsConfig", "fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+"""Methods whose configuration in transformers takes `dequantize`: their checkpoints load in bf16."""
 FORMAT = 1  # of our own packed checkpoints
 
 
@@ -43,7 +46,7 @@ FORMAT = 1  # of our own packed checkpoints
 class Source:
     """A checkpoint that was found and whose configuration is legal.
 
-    kind: safetensors, gguf, or qtune (packed: ours or bitsandbytes 4-bit). stem: first word of the weight files' names.
+    kind: safetensors, gguf, or qtune (packed: ours or bitsandbytes'). stem: first word of the weight files' names.
     """
 
     name: str
@@ -108,7 +111,7 @@ def read_folder(folder: Path, name: str, *, weights: bool = True) -> Source:
         raise faults_error("Q305", f"cannot load {name}", faults)
     packed = config.get("qtune") or {}
     stem, faults = _weights(folder, packed) if weights else ("", [])
-    faults += _config_faults(config, packed)
+    faults += _config_faults(folder, config, packed)
     if faults:
         raise faults_error("Q305", f"cannot load {name}", faults)
     known = _known_config(folder, name)
@@ -182,7 +185,7 @@ def _weights(folder: Path, packed: dict[str, Any]) -> tuple[str, list[str]]:
     ]
 
 
-def _config_faults(config: dict[str, Any], packed: dict[str, Any]) -> list[str]:
+def _config_faults(folder: Path, config: dict[str, Any], packed: dict[str, Any]) -> list[str]:
     kind, faults = str(config.get("model_type")), []
     if kind not in transformers.CONFIG_MAPPING:
         why = " and its own code (auto_map) is never run" if config.get("auto_map") else ""
@@ -192,14 +195,23 @@ def _config_faults(config: dict[str, Any], packed: dict[str, Any]) -> list[str]:
     elif transformers.CONFIG_MAPPING[kind] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         faults.append(f"architecture {kind!r} has no causal language model in transformers {transformers.__version__}")
     quantized = config.get("quantization_config")
-    if quantized and not (quantized.get("quant_method") == "bitsandbytes" and quantized.get("load_in_4bit")):
-        faults.append(
-            f"it is quantized already, by {quantized.get('quant_method')!r}; "
-            "readable packed checkpoints: bitsandbytes 4-bit and qtune's own"
-        )
+    if quantized and not bnb.readable(quantized):
+        faults.append(_foreign(folder, quantized.get("quant_method")))
     if packed and packed.get("format") != FORMAT:
         faults.append(f"it is a packed checkpoint of format {packed.get('format')!r}; this qtune reads format {FORMAT}")
     return faults
+
+
+def _foreign(folder: Path, method: Any) -> str:
+    """What to do with a checkpoint that another tool has quantized."""
+    told = f"it is quantized already, by {method!r}; readable: bitsandbytes in 4 or 8 bits, GGUF, and qtune's own"
+    if method not in DEQUANTIZED:
+        return f"{told}. Give the model that it was made of, which qtune packs while it loads"
+    kind = DEQUANTIZED[method]
+    code = f"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, {kind} as C; f = {str(folder)!r}; "
+    code += "M.from_pretrained(f, quantization_config=C(dequantize=True)).save_pretrained('plain'); "
+    code += "T.from_pretrained(f).save_pretrained('plain')"
+    return f'{told}. Give the model that it was made of, or write its weights out: python -c "{code}"'
 
 
 def read_gguf(path: Path) -> Source:
