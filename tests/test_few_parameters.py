@@ -42,8 +42,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "tied_lora": {"rank": 3, "alpha": 6.0},
     "loretta": {"rank": 4, "tensor_rank": 3, "alpha": 8.0},
     "melora": {"rank": 2, "minis": 5, "alpha": 6.0},
+    "aflora": {"rank": 3},
 }
-RANKS = {"lora_xs": 5, "vblora": 3, "nola": 3, "tied_lora": 3, "loretta": 4, "melora": 10}  # as the papers state them
+RANKS = {  # as the papers state them
+    "lora_xs": 5, "vblora": 3, "nola": 3, "tied_lora": 3, "loretta": 4, "melora": 10, "aflora": 3,
+}  # fmt: skip
 OUT, IN = 33, 76
 
 
@@ -114,9 +117,13 @@ def of_melora(s: Any, base: QuantLinear) -> Tensor:
     return delta
 
 
+def of_aflora(s: Any, base: QuantLinear) -> Tensor:
+    return s["b"].diag() @ s["B"] @ s["d"].diag() @ s["A"]
+
+
 EQUATIONS: dict[str, Callable[[Any, QuantLinear], Tensor]] = {
     "lora_xs": of_lora_xs, "vblora": of_vblora, "nola": of_nola, "tied_lora": of_tied_lora, "loretta": of_loretta,
-    "melora": of_melora,
+    "melora": of_melora, "aflora": of_aflora,
 }  # fmt: skip
 
 
@@ -146,6 +153,7 @@ def test_the_first_gradient_goes_where_it_should(method: str) -> None:
     first = {
         "lora_xs": {"R"}, "vblora": {"logits_B", "bank.vectors"}, "nola": {"b"}, "tied_lora": {"tied.B"},
         "loretta": {f"B.{len(dimensions(OUT, 4, 3)) - 1}"}, "melora": {"B"},
+        "aflora": {"b"},
     }  # fmt: skip
     assert moved == first[method]
 
