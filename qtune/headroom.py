@@ -21,6 +21,7 @@ from .adapters import Adapter
 from .batches import Batch, Capacity, collate
 from .data import Example
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory
+from .memory.layers import whole_backward
 from .recipe import Recipe
 from .runs import away, pick_device
 from .screen import Screen, size
@@ -132,7 +133,8 @@ def dry_step(step: TrainStep, batches: Sequence[Batch], accumulate: int) -> list
     changed = list(dict.fromkeys([*step.optimizer.parameters, *chain.from_iterable(states)]))
     before = [tensor.detach().to("cpu", copy=True) for tensor in changed]
     seconds: list[float] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, whole_backward(step.model.model):
         for batch in batches:
             micro_batches = [batch.to(device)] * min(2, accumulate)  # from the second on gradients are there
             for number in (1, 2):

@@ -142,6 +142,10 @@ class TrainKeys:
     )  # fmt: skip
     clip: float | None = key("number", "largest norm of the gradient; null: no clipping", 1.0, above=0, null=True)
     checkpointing: bool = key("flag", "recompute activations in the backward pass: less memory, more time", True)
+    drop_backward: float = key(
+        "number", "chance of each decoder layer to be left out of a backward pass (DropBP): less time; a plan counts a "
+        "pass without", 0.0, low=0, below=1,
+    )  # fmt: skip
     optimizer: str = key(
         "choice",
         "adamw; adamw8: two bytes of state a value; lion: one state, and wants a third to a tenth of adamw's lr; "

@@ -121,6 +121,8 @@ class LanguageModel:
         device = device_of(self.model)
         away = boundaries_of(memory.boundaries, kind or device.type, device, folder)
         self.checkpointing(away if train.checkpointing else None)
+        if train.drop_backward:
+            self.drop_backward(train.drop_backward)
         if memory.mlp_tile is not None and not tile_mlps(self.model, memory.mlp_tile):
             raise QtuneError(
                 "Q505",
@@ -130,8 +132,23 @@ class LanguageModel:
 
     def restore(self) -> None:
         """Undo `arrange`."""
+        if (layers := layers_of(self.model)) is not None:
+            layers.drop = 0.0
         self.checkpointing(None)
         whole_mlps(self.model)
+
+    def drop_backward(self, chance: float) -> None:
+        """In training mode, leave each layer by this chance out of a backward; on meta none is: a plan is of the whole.
+        Raises QtuneError where layers cannot be run one by one, and for a method that reads every gradient."""
+        method = METHODS[next(iter(adapted_sites(self.model).values())).adapter.method]
+        if method.has_own("see_gradients"):
+            raise QtuneError(
+                "Q103",
+                f"train.drop_backward is {chance:g}, and adapter method {method.method} reads the gradients of all "
+                "layers at each step; legal: train.drop_backward 0, or another method",
+            )
+        layers = layers_of(self.model) or run_layers(self.model)
+        layers.drop = 0.0 if device_of(self.model).type == "meta" else chance
 
     def checkpointing(self, boundaries: Boundaries | None) -> None:
         """In training mode, recompute each layer in the backward pass, its input kept by `boundaries`; None: do not.

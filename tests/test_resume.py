@@ -104,6 +104,7 @@ MORE = {
     "no-masters": BF16 | {"train__master_weights": False, "train__optimizer": "lion"},
     "gptq": {"calibrate__codes": "gptq", "calibrate__length": 32, "calibrate__samples": 8, "scheme": "int3"},
     "mixture": {"family": "mixtral", "adapter": {"method": "lora", "rank": 2, "targets": ["*.experts.*"]}},
+    "dropped layers": {"train__drop_backward": 0.5},
     "skipping": {"poison": True, "train__max_skipped": 3},
     "packing": {"train__packing": True, "train__micro_batch": None, "train__micro_tokens": 60},
     "adamw": BF16 | {"train__epochs": 1.5, "train__steps": None, "train__accumulate": 3},

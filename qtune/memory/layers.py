@@ -4,11 +4,18 @@
     backward  x comes back, layer(x) is run again with a graph, which is differentiated at once
 As in torch's reentrant checkpointing (Chen et al., 1604.06174), but one Function a layer: no hooks on saved tensors;
 where neither x nor the layer has anything to learn (below the first adapter) there is no graph and nothing is kept.
+
+With `drop` (DropBP, Woo et al., 2402.17812) each layer is by that chance left out of a backward, drawn anew for each
+forward pass: it computes what it always does, keeps nothing, learns nothing, and the gradient goes by it, as by its
+residual connection. As published, the gradients of the others are not made larger for it. Differs from the paper: a
+layer is left out as a whole, where the authors draw for its attention and its MLP; all have one chance, where theirs
+can follow each layer's sensitivity; and where no layer with something to learn would be left, one stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -47,6 +54,8 @@ class Layers:
     def __init__(self, layers: nn.ModuleList, weights: Weights) -> None:
         self.layers, self.weights = layers, weights
         self.boundaries: Boundaries | None = None
+        self.drop = 0.0  # the chance of each layer to be left out of a backward
+        self._kept = [True] * len(layers)  # in the forward pass at hand
         # so that autograd comes by where no input asks it to; one for all, or no layer would be like the next to a plan
         self._token = torch.empty(0, device="cpu", requires_grad=True)
         self._own: list[Callable[..., Any]] = [layer.forward for layer in layers]
@@ -68,7 +77,7 @@ class Layers:
         if self.boundaries is not None:
             self.boundaries.clear()
         self.boundaries = boundaries
-        self._trained = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
+        self._trained = [learns(layer) for layer in self.layers]
         self._unread: dict[Any, bool] = {}
 
     def unread(self, index: int) -> bool:
@@ -79,8 +88,30 @@ class Layers:
         """What the first layer of a kind tells."""
         self._unread.setdefault(_kind(self.layers[index]), found)
 
+    def _draw(self) -> None:
+        """Which layers are left out until the next forward pass, by the CPU's generator: a resumed run draws the
+        same."""
+        chances = torch.rand(len(self.layers), device="cpu").tolist()
+        self._kept = [chance >= self.drop for chance in chances]
+        able = [index for index, layer in enumerate(self.layers) if learns(layer)]
+        if able and not any(self._kept[index] for index in able):
+            self._kept[max(able, key=lambda index: chances[index])] = True
+
+    def _by(self, index: int, args: Any, kwargs: Any) -> Any:
+        """The layer, and a backward that goes by it."""
+        with torch.no_grad():
+            flat, spec = tree_flatten(self.run(index, args, kwargs))
+        x = next(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.is_floating_point())
+        return tree_unflatten([_Passed.apply(x, flat[0]), *flat[1:]], spec)
+
     def _forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        if self.boundaries is None or not (torch.is_grad_enabled() and self.layers[index].training):
+        training = torch.is_grad_enabled() and self.layers[index].training
+        if training and self.drop:
+            if index == 0:
+                self._draw()
+            if not self._kept[index]:
+                return self._by(index, args, kwargs)
+        if self.boundaries is None or not training:
             return self.run(index, args, kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
@@ -164,6 +195,37 @@ class _Recomputed(torch.autograd.Function):
         finally:
             layers.weights.leave(call.index)
         return (None, None, *[x.grad for x in given])
+
+
+class _Passed(torch.autograd.Function):
+    """What goes into a layer and what comes out of it -> what comes out; its gradient is that of what goes in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+@contextmanager
+def whole_backward(model: nn.Module) -> Iterator[None]:
+    """Inside of the block no layer is left out of a backward."""
+    layers = layers_of(model)
+    drop = 0.0 if layers is None else layers.drop
+    if layers is not None:
+        layers.drop = 0.0
+    try:
+        yield
+    finally:
+        if layers is not None:
+            layers.drop = drop
+
+
+def learns(layer: nn.Module) -> bool:
+    """Has it anything to learn?"""
+    return any(p.requires_grad for p in layer.parameters())
 
 
 def _kind(layer: nn.Module) -> tuple[type, ...]:

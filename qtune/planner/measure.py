@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +259,8 @@ def _steps(model: Any, recipe: Recipe, batches: Sequence[Any]) -> None:
     """The trainer's own steps; nothing of them is left but what the allocator keeps."""
     language = LanguageModel(model, loss_options(recipe.train, recipe.memory, device_of(model).type))
     language.choose_attention(batches[0].input_ids.shape[1], packed=bool(batches[0].lengths))
-    language.arrange(recipe.train, recipe.memory, folder_of(recipe))
+    whole = replace(recipe.train, drop_backward=0.0)  # as a plan's
+    language.arrange(whole, recipe.memory, folder_of(recipe))
     model.train()
     step = TrainStep(language, optimizer_of(model, recipe.train, recipe.memory), clip=recipe.train.clip)
     for number in range(1, STEPS + 1):

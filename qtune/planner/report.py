@@ -97,6 +97,7 @@ def head(plan: Plan) -> list[Text]:
         Text(
             f"{recipe.adapter.method}{rank}: {count(plan.trained)} trained ({share}), "
             f"by {keys.optimizer}{' with checkpointing' if keys.checkpointing else ', no checkpointing'}"
+            f"{', a step in which drop_backward leaves out no layer' if keys.drop_backward else ''}"
         ),
         Text(
             f"{_micro_batch(shape)} in a micro-batch"
