@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from . import __version__
 from .runs import Run, combined_from, licences
 from .sections import entries
+
+RECORD = "run.json"  # which training writes (report/record.py)
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 of all tokens that a run trained on and of which of them were learned; "" where none was recorded."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((folder / RECORD).read_text())["data"]["train"]["digest"])
+    return ""
 
 
 def model_card(run: Run, dtype: str, keep_base: str, verified: Sequence[str]) -> str:
@@ -29,6 +40,7 @@ def model_card(run: Run, dtype: str, keep_base: str, verified: Sequence[str]) ->
         f"- licence of the base: {names}",
         *_made(run, ", ".join(data)),
         *([f"- tokens with rows of their own: {', '.join(named)}"] if named else []),
+        *([f"- training data, sha256 of its tokens: {digest}"] if (digest := fingerprint(run.folder)) else []),
         f"- merged onto {bases[keep_base]}, in {dtype}",
         "- verification against base + adapter:",
         "",

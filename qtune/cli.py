@@ -26,6 +26,7 @@ from .export_command import options as export_options
 from .import_command import options as import_options
 from .init_command import options as init_options
 from .inspection.command import options as inspect_options
+from .merge_command import options as merge_options
 from .planner.command import options as plan_options
 from .quantize_command import options as quantize_options
 from .report.command import compare_options, report_options
@@ -56,20 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     eval_options(command("eval", "Loss, perplexity, accuracy, exact match and tasks, of a run or a model."))
 
-    sub = command("merge", "Write base + adapter as a plain transformers checkpoint and verify it.")
-    sub.add_argument("run", metavar="RUN", help="folder of a run")
-    sub.add_argument("--out", metavar="DIR", help="folder to write; default: RUN/merged")
-    sub.add_argument("--dtype", help="bfloat16 (default), float16 or float32")
-    sub.add_argument(
-        "--keep-scheme", action="store_true", help="write a packed checkpoint, as large as the packed base, for qtune: "
-        "of methods that merge into packed parts (qalora)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--keep-base",
-        help="trained: the dequantized base (default); original: the weights before quantization",
+    merge_options(
+        command("merge", "Write base + adapter as a plain checkpoint, a packed one or a GGUF file, verified.")
     )
-    sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint that lies in DIR")
-    sub.add_argument("--device", help="auto, cuda, mps or cpu; default: the recipe's")
 
     export_options(command("export", "Write the adapter of a run for PEFT or llama.cpp."))
     import_options(command("import", "Take an adapter that PEFT wrote, as the folder of a run."))
@@ -216,36 +206,9 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from .export import check_merge, merge
-    from .packed_merge import check_packed, merge_packed
-    from .runs import open_run, read_recipe
-    from .screen import size
+    from .merge_command import merge_command
 
-    screen = _screen(args)
-    out = Path(args.out) if args.out else Path(args.run) / "merged"
-    recipe, kept, dtype = read_recipe(Path(args.run)), args.keep_base or "trained", args.dtype or "bfloat16"
-    if args.keep_scheme:
-        if args.dtype or args.keep_base:
-            raise QtuneError("Q801", "--keep-scheme keeps the packed base: --dtype and --keep-base do not go with it")
-        check_packed(recipe, out, args.overwrite)
-        run = open_run(Path(args.run), screen, device=args.device)
-        report = merge_packed(run, out, screen=screen, overwrite=args.overwrite)
-    else:
-        check_merge(recipe, out, dtype, kept, args.overwrite)
-        run = open_run(Path(args.run), screen, device=args.device)
-        report = merge(run, out, dtype=dtype, keep_base=kept, screen=screen, overwrite=args.overwrite)
-    screen.title("Verified")
-    for line in report.verification.lines():
-        screen.line(line)
-    if report.base_kl is not None:
-        screen.line(
-            f"base     KL(trained || this) {report.base_kl:.2e} nats: it stands on the original weights, "
-            "not on the quantized ones that it was trained on"
-        )
-    plain = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
-    use = "a recipe's `model`, or `qtune chat`" if args.keep_scheme else plain
-    screen.line(f"wrote    {out} ({size(report.nbytes)}, {report.dtype}): {use}")
-    _emit(args, report.to_dict())
+    merge_command(args, _screen(args), lambda value: _emit(args, value))
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -56,7 +56,7 @@ Dense32 = Callable[[], tuple[Tensor, Tensor | None]]  # makes the fp32 weight [o
 @dataclass(frozen=True)
 class MergeReport:
     """Where the merged checkpoint is and how it was verified. base_kl: with `original`, its KL from the model that
-    was trained."""
+    was trained. kept: of a merge that is packed again, what packing left."""
 
     out: Path
     dtype: str
@@ -64,6 +64,7 @@ class MergeReport:
     nbytes: int
     verification: Verification
     base_kl: float | None = None
+    kept: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for --json."""

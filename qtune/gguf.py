@@ -3,14 +3,14 @@ rows, to fp32.
 
 Format: github.com/ggml-org/ggml, docs/gguf.md, versions 2 and 3, little-endian. The numbers come from the package
 `gguf`; its reader is not used, as it builds Python objects for every token of the vocabulary (seconds and 150 MB at 49k
-tokens). Written are adapters alone.
+tokens). Written through the package, one tensor in memory at a time. Left out: types of fewer than 8 bits for writing.
 """
 
 from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -38,6 +38,24 @@ class StoredGGUF:
     kind: int
     start: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class Field:
+    """A value of the header and its type in the file; items: the type of an array's items."""
+
+    value: Any
+    kind: int
+    items: int | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor to write: shape in torch's order, and its blocks along the first dimension, fp32, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[Tensor]]
 
 
 class _Cursor:
@@ -75,6 +93,18 @@ class _Cursor:
         else:
             self.skip(count * struct.calcsize("<" + _scalar(kind)))
         return count
+
+    def field(self) -> Field:
+        """The next typed value, arrays with all their items."""
+        kind = self.take("I")
+        if kind != ARRAY:
+            return Field(self.string() if kind == STRING else self.take(_scalar(kind)), kind)
+        items, count = self.take("I"), self.take("Q")
+        if items == STRING:
+            return Field([self.string() for _ in range(count)], kind, items)
+        start, form = self.at, f"<{count}{_scalar(items)}"
+        self.skip(struct.calcsize(form))
+        return Field(list(struct.unpack_from(form, self.data, start)), kind, items)
 
 
 def _scalar(kind: int) -> str:
@@ -143,6 +173,16 @@ class GGUF:
         """`general.architecture`, or "" where the file names none."""
         return str(self.fields.get("general.architecture", ""))
 
+    def header(self) -> dict[str, Field]:
+        """All keys with their values and types; the vocabulary takes some tens of MB."""
+        found = {}
+        for key, (start, _) in self._spans.items():
+            cursor = _Cursor(self._data)
+            cursor.at = start
+            cursor.string()
+            found[key] = cursor.field()
+        return found
+
     def rows(self, name: str, at: int | None = None) -> Iterator[Tensor]:
         """The tensor as fp32 blocks of rows [r, last dimension], in order; at: only this place of its first
         dimension."""
@@ -205,6 +245,45 @@ def write_adapter(path: Path, architecture: str, alpha: float, tensors: Mapping[
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def names_of(architecture: str, layers: int) -> Callable[[str], str | None]:
+    """Name of a tensor in a checkpoint -> its name in a GGUF file of `architecture`, None where it has none."""
+    number = next(k for k, v in _package().MODEL_ARCH_NAMES.items() if v == architecture)
+    names = _package().get_tensor_name_map(number, layers)
+    return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))  # type: ignore[no-any-return]
+
+
+def write(path: Path, fields: Mapping[str, Field], tensors: Iterable[Made], kind: str) -> int:
+    """Write a GGUF file: matrices as `kind` (f16, bf16, q8_0), vectors as F32, as llama.cpp's converter does; rows that
+    are no whole blocks of q8_0 as F16. Returns the bytes of the tensors."""
+    package, types, made = _package(), {}, list(tensors)
+    asked = package.GGMLQuantizationType[kind.upper()]
+    block = package.GGML_QUANT_SIZES[asked][0]
+    writer = package.GGUFWriter(path, str(fields["general.architecture"].value))
+    for key, field in fields.items():
+        if key != "general.architecture":  # the writer's own
+            items = None if field.items is None else package.GGUFValueType(field.items)
+            writer.add_key_value(key, field.value, package.GGUFValueType(field.kind), items)
+    total = 0
+    for tensor in made:
+        types[tensor.name] = package.GGMLQuantizationType.F32
+        if len(tensor.shape) > 1:
+            types[tensor.name] = asked if tensor.shape[-1] % block == 0 else package.GGMLQuantizationType.F16
+        size, width = package.GGML_QUANT_SIZES[types[tensor.name]]
+        nbytes = prod(tensor.shape) // size * width
+        total += nbytes
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, types[tensor.name])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in made:
+            blocks = (package.quantize(np.ascontiguousarray(b.numpy()), types[tensor.name]) for b in tensor.blocks())
+            writer.write_tensor_data(np.concatenate([np.atleast_1d(b) for b in blocks]))
+    finally:
+        writer.close()
+    return total
 
 
 def _string(text: str) -> bytes:

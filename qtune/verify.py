@@ -193,12 +193,18 @@ class _Written:
         return self.found[name].read()[name].float()
 
 
-def layer_error(site: Adapted, weight: Tensor, bias: Tensor | None, x: Tensor, dtype: torch.dtype) -> float:
+def layer_error(
+    site: Adapted, weight: Tensor, bias: Tensor | None, x: Tensor, dtype: torch.dtype, moved: Tensor | None = None
+) -> float:
     """Root mean square error over outputs, as a fraction of the bound. weight [out, in], bias [out], x [probes, in],
-    all fp32."""
+    all fp32. moved [out, in]: how far rounding may have moved each weight, where that is not what `dtype` says."""
     want = site(x.to(site.base.device)).cpu()
     half = torch.finfo(dtype).eps / 2
-    bound = half * _rms(weight.norm(dim=1)) + FILLER * _rms(want) + torch.finfo(dtype).tiny * half * x.shape[1]
+    bound = (
+        (half * _rms(weight.norm(dim=1)) if moved is None else _rms(moved.norm(dim=1)))
+        + FILLER * _rms(want)
+        + torch.finfo(dtype).tiny * half * x.shape[1]
+    )
     bound += 0.0 if bias is None else half * _rms(bias)
     return _rms(F.linear(x, weight, bias) - want) / bound
 

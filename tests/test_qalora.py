@@ -119,7 +119,7 @@ def test_what_it_refuses(scheme: str, options: dict[str, Any], why: str) -> None
         build({"q_proj": base}, AdapterSpec("qalora", (), options).checked())
 
 
-# ---- qtune merge --keep-scheme
+# ---- qtune merge --keep, exact
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_packed_checkpoint_computes_what_was_trained(run: Run, tmp_path: Path)
     for one in adapted_sites(run.model).values():
         one.enabled = True
     layers = len(adapted_sites(run.model))
-    report = merge_packed(run, tmp_path / "merged")
+    report = merge_packed(run, tmp_path / "merged", "int4")
     assert report.verification.passed and report.verification.layers == layers > 0
     assert not adapted_sites(run.model)
     merged = load(tmp_path / "merged", None, dtype=torch.float32)
@@ -161,21 +161,15 @@ def test_a_packed_checkpoint_computes_what_was_trained(run: Run, tmp_path: Path)
 def test_what_is_lost_does_not_pass(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QALoRA, "merge_into", lambda self, base: True)
     with pytest.raises(QtuneError, match="failed its verification"):
-        merge_packed(run, tmp_path / "merged")
+        merge_packed(run, tmp_path / "merged", "int4")
     assert not (tmp_path / "merged").exists()
 
 
 def test_the_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["merge", str(run.folder), "--keep-scheme", "--out", str(tmp_path / "out")]
+    given = ["merge", str(run.folder), "--keep", "int4", "--out", str(tmp_path / "out")]
     assert cli.main([*given, "--dtype", "float32"]) == 1
-    assert "--dtype and --keep-base do not go with it" in capsys.readouterr().err
+    assert "--dtype and --keep do not go together" in capsys.readouterr().err
     assert cli.main(given) == 0
     assert "computes what was trained" in capsys.readouterr().out
     assert (tmp_path / "out" / "qtune.safetensors").is_file()
     assert cli.main(given) == 1 and "already holds a checkpoint" in capsys.readouterr().err
-
-
-def test_other_methods_are_refused_by_name(tmp_path: Path) -> None:
-    recipe = runs_helper.recipe(tmp_path)
-    with pytest.raises(QtuneError, match=r"lora cannot merge into packed parts.*--keep-scheme: .*qalora"):
-        merge_packed(Run(tmp_path, tmp_path, recipe, None, None), tmp_path / "out")

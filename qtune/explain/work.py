@@ -149,6 +149,14 @@ Q812 A change that no LoRA can say, or no file of llama.cpp
 The adapter changes more than weights of linear layers, or layers that llama.cpp's adapters do not have.
 > `qtune merge` writes the whole model in place of it.
 
+Q813 A model that a GGUF file cannot say
+Architecture, configuration or tokenizer have no form in a GGUF file that is known here.
+> Merge without --gguf, and convert the plain checkpoint with llama.cpp's convert_hf_to_gguf.py.
+
+Q814 Packing that loses what was learned
+Packing the merged weights again leaves less of the change than asked for: it is smaller than the steps between codes.
+> Merge without --keep, choose a finer scheme (--keep int8) or --codes gptq, or give a smaller --least-kept.
+
 = Q9: the system
 
 Q901 A file or folder that cannot be written

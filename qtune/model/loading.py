@@ -60,7 +60,7 @@ class Packing:
 
 
 def load(
-    model: str | Path,
+    model: str | Path | Source,
     scheme: Storage | None,
     *,
     embeddings: Scheme | None = None,
@@ -81,7 +81,7 @@ def load(
     (`qtune.memory`). Raises QtuneError with all faults: missing, extra, mis-shaped or
     non-finite tensors, damaged files, unknown architectures, pickles.
     """
-    source = open_source(model)
+    source = model if isinstance(model, Source) else open_source(model)
     skeleton = empty(source.config, dtype)
     compute_buffers(skeleton)
     found = names.plan(source, skeleton)

@@ -27,6 +27,7 @@ from ..errors import QtuneError
 from ..evaluate import generate
 from ..headroom import over_budget, peak_memory
 from ..recipe import Recipe
+from ..resume import data_digest
 from ..runs import pick_device
 from ..safe_io import write_json
 from ..screen import Screen, size
@@ -85,7 +86,10 @@ class Recorder:
             "steps": steps,
             "model": about(model),
             "trained": by_kind(model),
-            "data": {name: lengths(some) | {"told": told.get(name, "")} for name, some in data.items()},
+            "data": {
+                name: lengths(some) | {"told": told.get(name, ""), "digest": data_digest(some)}
+                for name, some in data.items()
+            },
         }
         self.content.pop("ended", None)
         if self.recipe.train.report:

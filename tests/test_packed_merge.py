@@ -1,0 +1,93 @@
+"""`qtune merge --keep SCHEME`: what packing leaves of what was learned is told truly, and too little is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs_helper
+import torch
+import transformers
+
+from qtune.adapters import adapted_sites
+from qtune.cli import main
+from qtune.errors import QtuneError
+from qtune.model import load
+from qtune.model.loading import packed_sites
+from qtune.packed_merge import merge_packed
+from qtune.runs import Run, open_run
+from qtune.screen import Screen
+from qtune.trainer import train
+
+QUIET = Screen(quiet=True)
+
+
+@pytest.fixture(scope="module", params=["llama", "llama-tied", "qwen3-moe"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("keep")
+    changes: dict[str, Any] = {
+        "llama": {"adapter__targets": "all-linear,lm_head", "scheme__embeddings": "int8"},
+        "qwen3-moe": {"adapter__targets": "all-linear,*.experts.*"},
+    }.get(request.param, {})
+    recipe = runs_helper.recipe(
+        root, request.param, train__steps=4, calibrate__samples=10, calibrate__length=16, **changes
+    )
+    return train(recipe, overwrite=True).folder
+
+
+@pytest.fixture
+def run(trained: Path) -> Run:
+    return open_run(trained, QUIET)
+
+
+@pytest.mark.parametrize(("keep", "codes"), [("nf4", "nearest"), ("int8", "nearest"), ("nf4", "gptq")])
+def test_what_is_left_is_told_truly(keep: str, codes: str, run: Run, tmp_path: Path) -> None:
+    sites = adapted_sites(run.model)
+    before = {name: site.base.dequantize() for name, site in sites.items()}
+    change = {name: site.merged()[0] - before[name] for name, site in sites.items()}
+    report = merge_packed(run, tmp_path / "out", keep, codes=codes, least=-1.0, screen=QUIET)
+    assert report.verification.passed and report.kept is not None and not adapted_sites(run.model)
+    again = load(tmp_path / "out", None, dtype=torch.float32)
+    layers = packed_sites(again)
+    for name, d in change.items():
+        kept = (((layers[name].dequantize() - before[name]) * d).sum() / d.square().sum()).item()
+        assert kept == pytest.approx(report.kept["layers"][name], abs=2e-3), name
+    assert "of what was learned; least in" in (tmp_path / "out" / "README.md").read_text()
+    assert {layer.scheme.name for name, layer in layers.items() if name != "lm_head"} <= {keep, "dense"}
+    if keep == "int8":
+        assert 0.5 < report.kept["share"] < 1.5 and report.kept["kl"] < report.kept["kl_base"]
+
+
+def test_too_little_is_refused(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(QtuneError, match=r"of what was learned is left, less than 100%.*--least-kept") as told:
+        merge_packed(run, tmp_path / "out", "nf4", least=0.9999, screen=QUIET)
+    assert told.value.code == "Q814" and not list(tmp_path.glob("out*"))
+
+
+def test_transformers_loads_it(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    recipe = runs_helper.recipe(tmp_path, train__steps=2, scheme={"name": "nf4", "block": 64})
+    run = open_run(train(recipe, overwrite=True).folder, QUIET)
+    assert main(["merge", str(run.folder), "--keep", "nf4", "--out", str(tmp_path / "out"), "--least-kept", "-1"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theirs.train()  # in eval mode bitsandbytes' CPU code needs rows of whole blocks
+    ours = load(tmp_path / "out", None, dtype=theirs.dtype)
+    assert theirs.is_loaded_in_4bit
+    site = packed_sites(ours)["model.layers.0.mlp.up_proj"]
+    assert torch.equal(site.parts["codes"], theirs.model.layers[0].mlp.up_proj.weight.data.view(-1))
+
+
+def test_what_does_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = runs_helper.recipe(tmp_path, train__steps=1)
+    folder = str(train(recipe, overwrite=True).folder)
+    for options, words in (
+        (["--keep", "dense"], "keeps nothing packed"),
+        (["--keep", "nf5"], "unknown scheme"),
+        (["--keep", "nf4", "--codes", "best"], "unknown --codes"),
+        (["--keep", "nf4", "--dtype", "float16"], "--dtype and --keep do not go together"),
+        (["--codes", "gptq"], "--codes and a merge without --keep"),
+    ):
+        assert main(["merge", folder, *options, "--out", str(tmp_path / "out")]) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
