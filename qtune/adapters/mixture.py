@@ -107,6 +107,7 @@ class Mixed(nn.Module):
         self.members = {name: cast(Adapter, loaded[name]) for name in names}
         self.mixture = mixture if names else None
         self.reach = self._stack = None
+        self.tokens = 0
         self._group = _Group([self])
         self.siblings.held = None
 
