@@ -27,6 +27,7 @@ from .import_command import options as import_options
 from .init_command import options as init_options
 from .inspection.command import options as inspect_options
 from .merge_command import options as merge_options
+from .mix_command import options as mix_options
 from .planner.command import options as plan_options
 from .quantize_command import options as quantize_options
 from .report.command import compare_options, report_options
@@ -78,6 +79,7 @@ def _model_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> N
     chat_options(command("chat", "Talk to a run or to a model."))
 
     quantize_options(command("quantize", "Write a packed checkpoint that loads without the original."))
+    mix_options(command("mix", "Choose each layer's scheme, for the least error at an average of bits."))
     sub = command("keys", "List the keys of a recipe: what each means, its default, what is legal.")
     sub.add_argument("word", nargs="?", metavar="WORD", help="only keys that hold it, such as train or max_length")
     sub = command("methods", "List the adapter methods, or say all about one.")
@@ -253,6 +255,12 @@ def _quantize(args: argparse.Namespace) -> None:
     quantize_command(args, _screen(args), lambda value: _emit(args, value))
 
 
+def _mix(args: argparse.Namespace) -> None:
+    from .mix_command import mix
+
+    mix(args, _screen(args), lambda value: _emit(args, value))
+
+
 def _keys(args: argparse.Namespace) -> None:
     from .listing import keys
 
@@ -314,6 +322,7 @@ COMMANDS = {
     "compare": _report,
     "chat": _chat,
     "quantize": _quantize,
+    "mix": _mix,
     "keys": _keys,
     "methods": _methods,
     "schemes": _schemes,

@@ -22,7 +22,7 @@ from qtune.recipe import Recipe
 
 COMMANDS = [
     "chat", "combine", "compare", "completion", "data", "demo", "doctor", "eval", "explain", "export", "import",
-    "init", "inspect", "keys", "merge", "methods", "plan", "quantize", "report", "schemes", "train",
+    "init", "inspect", "keys", "merge", "methods", "mix", "plan", "quantize", "report", "schemes", "train",
 ]  # fmt: skip
 
 

@@ -68,6 +68,7 @@ ORDER = (
         "import_command",
         "export_command",
         "quantize_command",
+        "mix_command",
     },
     {"cli"},
     {"__main__"},
