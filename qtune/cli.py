@@ -16,23 +16,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .chat_command import options as chat_options
 from .combining.command import options as combine_options
+from .commands.chat import options as chat_options
+from .commands.export import options as export_options
+from .commands.imports import options as import_options
+from .commands.init import options as init_options
+from .commands.merge import options as merge_options
+from .commands.mix import options as mix_options
+from .commands.quantize import options as quantize_options
+from .commands.train import options as train_options
 from .completion import options as completion_options
 from .errors import FREE_MEMORY, QtuneError, is_out_of_memory
 from .evaluation.command import options as eval_options
 from .explain.command import options as explain_options
-from .export_command import options as export_options
-from .import_command import options as import_options
-from .init_command import options as init_options
 from .inspection.command import options as inspect_options
-from .merge_command import options as merge_options
-from .mix_command import options as mix_options
 from .planner.command import options as plan_options
-from .quantize_command import options as quantize_options
 from .report.command import compare_options, report_options
 from .show_data import options as data_options
-from .train_command import options as train_options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -178,13 +178,13 @@ def _emit(args: argparse.Namespace, value: Any) -> None:
 
 
 def _init(args: argparse.Namespace) -> None:
-    from .init_command import init
+    from .commands.init import init
 
     init(args, _screen(args), lambda value: _emit(args, value))
 
 
 def _train(args: argparse.Namespace) -> None:
-    from .train_command import train
+    from .commands.train import train
 
     train(args, _screen(args), lambda value: _emit(args, value))
 
@@ -208,19 +208,19 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from .merge_command import merge_command
+    from .commands.merge import merge_command
 
     merge_command(args, _screen(args), lambda value: _emit(args, value))
 
 
 def _export(args: argparse.Namespace) -> None:
-    from .export_command import export
+    from .commands.export import export
 
     export(args, _screen(args), lambda value: _emit(args, value))
 
 
 def _import(args: argparse.Namespace) -> None:
-    from .import_command import import_command
+    from .commands.imports import import_command
 
     import_command(args, _screen(args), lambda value: _emit(args, value))
 
@@ -244,19 +244,19 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from .chat_command import chat
+    from .commands.chat import chat
 
     chat(args, _screen(args), lambda value: _emit(args, value))
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    from .quantize_command import quantize_command
+    from .commands.quantize import quantize_command
 
     quantize_command(args, _screen(args), lambda value: _emit(args, value))
 
 
 def _mix(args: argparse.Namespace) -> None:
-    from .mix_command import mix
+    from .commands.mix import mix
 
     mix(args, _screen(args), lambda value: _emit(args, value))
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from .together import options as adapter_options
+from ..together import options as adapter_options
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def chat(args: argparse.Namespace, screen: Any, emit: Callable[[Any], None]) -> None:
     """Run the command. emit: takes the value for a program."""
-    from .chat import chat
+    from ..chat import chat
 
     chat(
         args.model, screen, prompt=args.prompt, system=args.system, max_new_tokens=args.max_new_tokens,

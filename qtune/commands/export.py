@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import QtuneError, one_of
+from ..errors import QtuneError, one_of
 
 if TYPE_CHECKING:
-    from .runs import Run
-    from .screen import Screen
+    from ..runs import Run
+    from ..screen import Screen
 
 
 FORMS = ("peft", "lora", "gguf")
@@ -42,9 +42,9 @@ def options(sub: argparse.ArgumentParser) -> None:
 
 def export(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) -> None:
     """Export, and say where it goes on. Raises QtuneError."""
-    from .adapter_export import export_peft
-    from .export import KEEP_BASE
-    from .runs import open_run
+    from ..adapter_export import export_peft
+    from ..export import KEEP_BASE
+    from ..runs import open_run
 
     if args.form not in FORMS:
         raise one_of("--as", args.form, FORMS)
@@ -74,7 +74,7 @@ def export(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]
 def _as_lora(args: argparse.Namespace, run: Run, screen: Screen, emit: Callable[[Any], None]) -> None:
     from dataclasses import asdict
 
-    from .adapter_export import export_gguf, export_lora
+    from ..adapter_export import export_gguf, export_lora
 
     how = export_gguf if args.form == "gguf" else export_lora
     left = how(run, Path(args.out), screen, args.keep_base, args.rank, args.error)

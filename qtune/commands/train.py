@@ -35,13 +35,13 @@ def train(args: argparse.Namespace, screen: Any, emit: Callable[[Any], None]) ->
     """Train, and say what is there and what comes next. Raises SystemExit(130) where the run was interrupted."""
     import shlex
 
-    from .adapters.files import FIRST, INFO, TENSORS
-    from .model.names import KEPT
-    from .report.page import PAGE
-    from .report.read import RUN
-    from .runs import METRICS, RECIPE
-    from .state import FOLDER, folder_of
-    from .trainer import train, way_on
+    from ..adapters.files import FIRST, INFO, TENSORS
+    from ..model.names import KEPT
+    from ..report.page import PAGE
+    from ..report.read import RUN
+    from ..runs import METRICS, RECIPE
+    from ..state import FOLDER, folder_of
+    from ..trainer import train, way_on
 
     recipe = recipe_of(args)
     if args.dry_run:
@@ -74,9 +74,9 @@ def train(args: argparse.Namespace, screen: Any, emit: Callable[[Any], None]) ->
 def _dry_run(args: argparse.Namespace, recipe: Any, screen: Any, emit: Callable[[Any], None]) -> None:
     import shlex
 
-    from .dry_run import dry_run
-    from .errors import QtuneError
-    from .screen import duration
+    from ..dry_run import dry_run
+    from ..errors import QtuneError
+    from ..screen import duration
 
     if args.resume:
         raise QtuneError(
@@ -94,10 +94,10 @@ def _dry_run(args: argparse.Namespace, recipe: Any, screen: Any, emit: Callable[
 def recipe_of(args: argparse.Namespace) -> Any:
     """The recipe that is named; of a run's folder its own, with the folder as it is called now. Raises QtuneError for
     a folder that is none, and for a run without --resume."""
-    from .errors import QtuneError
-    from .recipe import Recipe
-    from .runs import RECIPE
-    from .safe_io import expanded
+    from ..errors import QtuneError
+    from ..recipe import Recipe
+    from ..runs import RECIPE
+    from ..safe_io import expanded
 
     path = expanded(args.recipe)
     if not path.exists():

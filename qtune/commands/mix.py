@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import QtuneError
+from ..errors import QtuneError
 
 if TYPE_CHECKING:
-    from .screen import Screen
+    from ..screen import Screen
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -28,12 +28,12 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def mix(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) -> None:
     """Run the command. Raises QtuneError for its flags' faults before anything is read."""
-    from .mixing import mix
-    from .quant import scheme_from
-    from .recipe import Recipe
-    from .runs import anchored
-    from .safe_io import write_text
-    from .screen import size
+    from ..mixing import mix
+    from ..quant import scheme_from
+    from ..recipe import Recipe
+    from ..runs import anchored
+    from ..safe_io import write_text
+    from ..screen import size
 
     out = Path(args.out).expanduser()
     if out.exists():

@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import QtuneError, all_of, tried
-from .yaml_text import dump_yaml
+from ..errors import QtuneError, all_of, tried
+from ..yaml_text import dump_yaml
 
 if TYPE_CHECKING:
-    from .planner.devices import Device
-    from .proposal import Asked, Proposal
-    from .screen import Screen
+    from ..planner.devices import Device
+    from ..proposal import Asked, Proposal
+    from ..screen import Screen
 
 COLUMN = 48  # of comments, at most
 MODEL = "Model to train: a folder, a .gguf file or a hub id (owner/name)"
@@ -45,10 +45,10 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def init(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) -> None:
     """Run the command. Raises QtuneError with every fault of the flags; an answer at fault is asked for again."""
-    from .planner.fit import peak
-    from .planner.report import head, speed_lines, verdict
-    from .proposal import propose
-    from .safe_io import write_text
+    from ..planner.fit import peak
+    from ..planner.report import head, speed_lines, verdict
+    from ..proposal import propose
+    from ..safe_io import write_text
 
     out = Path(args.out).expanduser()
     if out.exists() and (out.is_dir() or not args.force):
@@ -81,7 +81,7 @@ def init(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) 
 
 def _asked(args: argparse.Namespace, screen: Screen) -> Asked:
     """The flags, and what is asked for in their place."""
-    from .proposal import Asked, check_model
+    from ..proposal import Asked, check_model
 
     asks = not args.yes and sys.stdin.isatty()
     missing = [f"--{name}" for name in ("model", "data") if getattr(args, name) is None]
@@ -128,7 +128,7 @@ def _answer(question: str, default: str, check: Callable[[str], Any], screen: Sc
 
 
 def _check_data(name: str) -> None:
-    from .data.sources import open_source
+    from ..data.sources import open_source
 
     open_source(name)
 
@@ -137,8 +137,8 @@ def _device(name: str | None) -> tuple[Device, str]:
     """The device to plan for, and the recipe's `device`: of a card by name or by its memory that is CUDA's."""
     import torch
 
-    from .planner.devices import find_device
-    from .planner.roofline import measured
+    from ..planner.devices import find_device
+    from ..planner.roofline import measured
 
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = find_device(name or here)
@@ -150,7 +150,7 @@ def _device(name: str | None) -> tuple[Device, str]:
 
 
 def _limit(budget: str) -> int:
-    from .units import parse_size
+    from ..units import parse_size
 
     return parse_size(budget, "--budget")
 
@@ -168,8 +168,8 @@ def _free_folder(model: str) -> str:
 
 
 def _heading(proposal: Proposal, out: Path) -> list[str]:
-    from .planner.fit import peak
-    from .screen import size
+    from ..planner.fit import peak
+    from ..screen import size
 
     plan, file = proposal.plan, shlex.quote(str(out))
     most = f"{size(peak(plan))} of {size(plan.budget)}"
@@ -185,7 +185,7 @@ def _heading(proposal: Proposal, out: Path) -> list[str]:
 
 def written(proposal: Proposal, heading: Sequence[str]) -> str:
     """The recipe as YAML text, a comment behind each value that was chosen."""
-    from .recipe import Recipe
+    from ..recipe import Recipe
 
     order = {row.name: index for index, row in enumerate(Recipe.keys())}
     tops = list(proposal.recipe.to_dict())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .screen import Screen
+    from ..screen import Screen
 
 
 def options(sub: argparse.ArgumentParser) -> None:
@@ -32,12 +32,12 @@ def options(sub: argparse.ArgumentParser) -> None:
 
 def quantize_command(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) -> None:
     """Run `qtune quantize`. emit: takes the value for a program."""
-    from .errors import QtuneError, one_of
-    from .quant.calibrate import CODES
-    from .recipe import Recipe
-    from .runs import quantize
-    from .screen import size
-    from .yaml_text import dump_yaml
+    from ..errors import QtuneError, one_of
+    from ..quant.calibrate import CODES
+    from ..recipe import Recipe
+    from ..runs import quantize
+    from ..screen import size
+    from ..yaml_text import dump_yaml
 
     if args.codes not in CODES:
         raise one_of("--codes", args.codes, CODES)

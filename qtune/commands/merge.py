@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import QtuneError
+from ..errors import QtuneError
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def merge_command(args: argparse.Namespace, screen: Any, emit: Callable[[Any], None]) -> None:
     """Merge, and say what was verified and what to do with it."""
-    from .screen import size
+    from ..screen import size
 
     _check(args)
     out = Path(args.out) if args.out else Path(args.run) / ("merged.gguf" if args.gguf else "merged")
@@ -70,8 +70,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _plain(args: argparse.Namespace, out: Path, screen: Any) -> Any:
-    from .export import check_merge, merge
-    from .runs import open_run, read_recipe
+    from ..export import check_merge, merge
+    from ..runs import open_run, read_recipe
 
     dtype, kept = args.dtype or "bfloat16", args.keep_base or "trained"
     check_merge(read_recipe(Path(args.run)), out, dtype, kept, args.overwrite)
@@ -80,8 +80,8 @@ def _plain(args: argparse.Namespace, out: Path, screen: Any) -> Any:
 
 
 def _gguf(args: argparse.Namespace, out: Path, screen: Any) -> Any:
-    from .gguf_merge import check_gguf, merge_gguf
-    from .runs import open_run
+    from ..gguf_merge import check_gguf, merge_gguf
+    from ..runs import open_run
 
     check_gguf(out, args.gguf, args.overwrite)
     run = open_run(Path(args.run), screen, device=args.device)
@@ -89,8 +89,8 @@ def _gguf(args: argparse.Namespace, out: Path, screen: Any) -> Any:
 
 
 def _packed(args: argparse.Namespace, out: Path, screen: Any) -> Any:
-    from .packed_merge import LEAST, check_packed, merge_packed
-    from .runs import open_run, read_recipe
+    from ..packed_merge import LEAST, check_packed, merge_packed
+    from ..runs import open_run, read_recipe
 
     codes, least = args.codes or "nearest", LEAST if args.least_kept is None else args.least_kept
     check_packed(read_recipe(Path(args.run)), args.keep, out, args.overwrite, codes)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import QtuneError, listed
+from ..errors import QtuneError, listed
 
 if TYPE_CHECKING:
-    from .peft_import import PeftFolder
-    from .recipe import Recipe
-    from .screen import Screen
-    from .sections import TokenKeys
-    from .vocabulary import Token
+    from ..peft_import import PeftFolder
+    from ..recipe import Recipe
+    from ..screen import Screen
+    from ..sections import TokenKeys
+    from ..vocabulary import Token
 
 
 def options(sub: argparse.ArgumentParser) -> None:
@@ -34,9 +34,9 @@ def options(sub: argparse.ArgumentParser) -> None:
 
 def import_command(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) -> None:
     """Import, and say what is there and what comes next."""
-    from .peft_import import find_peft, read_peft
-    from .recipe import Recipe
-    from .safe_io import expanded
+    from ..peft_import import find_peft, read_peft
+    from ..recipe import Recipe
+    from ..safe_io import expanded
 
     if wrong := [text for text in args.overrides if text.partition("=")[0].split(".")[0] in ("adapter", "tokens")]:
         raise QtuneError("Q103", f"{listed(wrong)}: what the adapter is, its folder says; leave it out")
@@ -70,10 +70,10 @@ def import_peft(found: PeftFolder, recipe: Recipe, out: Path, screen: Screen) ->
     all is in it. Raises QtuneError for an `out` that exists and for what does not fit the base."""
     from dataclasses import asdict
 
-    from .adapters.files import is_whole_pair, save_adapter
-    from .peft_import import take_peft
-    from .runs import RECIPE, anchored, load_base
-    from .safe_io import new_folder, write_text
+    from ..adapters.files import is_whole_pair, save_adapter
+    from ..peft_import import take_peft
+    from ..runs import RECIPE, anchored, load_base
+    from ..safe_io import new_folder, write_text
 
     if out.exists():
         raise QtuneError("Q410", f"{out} exists; choose another --out")
@@ -100,9 +100,9 @@ def import_peft(found: PeftFolder, recipe: Recipe, out: Path, screen: Screen) ->
 def tokens_of(found: PeftFolder, tokenizer: Any) -> tuple[TokenKeys, tuple[Token, ...]]:
     """The key `tokens` of a recipe for the rows of tokens that a PEFT folder holds, and the tokens, in order of their
     ids; new ones are added to `tokenizer`. Raises QtuneError where they have no name."""
-    from .data.words import add_words
-    from .model import load_tokenizer
-    from .sections import TokenKeys
+    from ..data.words import add_words
+    from ..model import load_tokenizer
+    from ..sections import TokenKeys
 
     ids = ids_of(found)
     if not ids:
@@ -146,7 +146,7 @@ def ids_of(found: PeftFolder) -> list[int]:
 
 def _take_rows(model: Any, found: PeftFolder, tokens: tuple[Token, ...]) -> None:
     """Give the model the rows of tokens that a PEFT folder holds, in place."""
-    from .vocabulary import give_rows, rows_of
+    from ..vocabulary import give_rows, rows_of
 
     give_rows(model, tokens, "mean")
     own = rows_of(model)
