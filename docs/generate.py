@@ -38,6 +38,7 @@ API = {
         "qtune.runs.open_run", "qtune.runs.Run", "qtune.adapters.files.save_adapter",
         "qtune.adapters.files.load_adapter", "qtune.adapters.enable_adapters", "qtune.load_adapters",
         "qtune.adapters.many.Adapters", "qtune.runs.open_base",
+        "qtune.load_router",
     ),
     "Inside of a model": ("qtune.quant.QuantLinear", "qtune.adapters.Adapted", "qtune.errors.QtuneError"),
 }  # fmt: skip

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors; a test compar
     from .model import load as load
     from .planner.plan import plan as plan
     from .quant import SCHEMES as SCHEMES
+    from .routing import load_router as load_router
     from .runs import load_adapters as load_adapters
     from .runs import quantize as quantize
     from .starting import start as start
@@ -32,6 +33,7 @@ _PUBLIC = {
     "adapt": "adapters:adapt",
     "load": "model:load",
     "load_adapters": "runs:load_adapters",
+    "load_router": "routing:load_router",
     "merge": "export:merge",
     "plan": "planner.plan:plan",
     "quantize": "runs:quantize",
@@ -40,8 +42,8 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "METHODS", "SCHEMES", "__version__", "adapt", "load", "load_adapters", "merge", "plan", "quantize", "start",
-    "train",
+    "METHODS", "SCHEMES", "__version__", "adapt", "load", "load_adapters", "load_router", "merge", "plan", "quantize",
+    "start", "train",
 ]  # fmt: skip
 
 

@@ -16,12 +16,14 @@ from .errors import QtuneError
 from .evaluate import generate
 from .model.source import open_source
 from .recipe import Recipe
+from .routing import Router, load_router
 from .runs import is_run, load_base, open_run
 from .screen import Screen
 from .together import folders_of, mixture_of, open_together, told
 
 HELP = "/new starts over, /exit or Ctrl-D ends"
 HELP_MANY = f"/use NAME or /use A=0.7 B=0.3 changes the adapter, /off takes none, /adapters lists them, {HELP}"
+HELP_ROUTE = f"/route lets the next prompt choose the adapter again, {HELP_MANY}"
 
 
 def chat(
@@ -36,12 +38,14 @@ def chat(
     device: str | None,
     adapters: Sequence[str] | None = None,
     use: Sequence[str] | None = None,
+    route: bool = False,
     emit: Callable[[Any], None],
 ) -> None:
     """One answer to `prompt`, or a conversation over stdin until it ends (Ctrl-D, `/exit`); `/new` forgets. `emit`
     gets the pair of prompt and answer, of a conversation the list of them when it ends.
 
-    adapters, use: as the options --adapter and --use. With several adapters `/use`, `/off` and `/adapters` are there.
+    adapters, use, route: as the options --adapter, --use and --route. With several adapters `/use`, `/off` and
+    `/adapters` are there, with route `/route`.
     """
     if temperature < 0 or max_new_tokens < 1:
         raise QtuneError(
@@ -53,13 +57,16 @@ def chat(
     if use and (not folders or len(use) > 1):
         given = "once, with all that answer together" if folders else "with --adapter NAME=RUN"
         raise QtuneError("Q103", f"--use {' --use '.join(use)}: legal: {given}")
+    if route and (use or not folders):
+        given = "without --use, which chooses as well" if use else "with --adapter NAME=RUN, to choose among several"
+        raise QtuneError("Q103", f"--route: legal: {given}")
     first = mixture_of(use[0], list(folders)) if use else dict.fromkeys(list(folders)[:1], 1.0)
     if is_run(source):
         if scheme is not None:
             raise QtuneError("Q103", f"--scheme {scheme}: {source} is a run, whose base is stored as its recipe says")
         if folders:
             run, many = open_together(folders, screen, device=device)
-            loaded = _Loaded(many, screen, first)
+            loaded = _Loaded(many, screen, first, load_router(many, screen=screen) if route else None)
         else:
             run = open_run(Path(source), screen, device=device)
         model, tokenizer, named = run.model, run.tokenizer, run.recipe.data.template
@@ -73,18 +80,21 @@ def chat(
     turns = list(start)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if prompt is not None:
-        answer = generate(
-            model, tokenizer, _ids(tokenizer, template, [*turns, {"role": "user", "content": prompt}]), **options
-        )
+        ids = _ids(tokenizer, template, [*turns, {"role": "user", "content": prompt}])
+        if loaded:
+            loaded.hear(ids)
+        answer = generate(model, tokenizer, ids, **options)
         screen.line(answer)
         emit({"prompt": prompt, "answer": answer} | (loaded.said() if loaded else {}))
         return
-    help_text = HELP_MANY if loaded else HELP
+    help_text = (HELP_ROUTE if route else HELP_MANY) if loaded else HELP
     screen.line(help_text, "dim")
     said = []
     while (text := _ask(screen)) is not None:
         if text == "/new":
             turns = list(start)
+            if loaded:
+                loaded.begin()
             continue
         if loaded and loaded.obeys(text):
             continue
@@ -93,6 +103,8 @@ def chat(
             continue
         turns.append({"role": "user", "content": text})
         ids = _ids(tokenizer, template, turns)
+        if loaded:
+            loaded.hear(ids)
         answer = generate(model, tokenizer, ids, stream=screen.console.file, **options)
         turns.append({"role": "assistant", "content": answer})
         said.append({"prompt": text, "answer": answer} | (loaded.said() if loaded else {}))
@@ -100,16 +112,30 @@ def chat(
 
 
 class _Loaded:
-    """The adapters of a conversation, and which of them answer."""
+    """The adapters of a conversation, and which of them answer. With a router the next prompt chooses while `open`;
+    `by_hand`: the user chose, and it stays so."""
 
-    def __init__(self, adapters: Adapters, screen: Screen, first: dict[str, float]) -> None:
-        self.adapters, self.screen = adapters, screen
+    def __init__(self, adapters: Adapters, screen: Screen, first: dict[str, float], router: Router | None) -> None:
+        self.adapters, self.screen, self.router = adapters, screen, router
+        self.open, self.by_hand = True, False
         self.use(first)
 
     def use(self, weights: dict[str, float]) -> None:
         """From the next answer on."""
         self.adapters.use(weights)
         self.now = weights
+
+    def begin(self) -> None:
+        """A new conversation begins."""
+        self.open = not self.by_hand
+
+    def hear(self, ids: Sequence[int]) -> None:
+        """Before a prompt, with all that stands before it, is answered."""
+        if self.router is not None and self.open:
+            (name,) = self.router.choose([ids])
+            self.use({name: 1.0})
+            self.screen.line(f"route: {name}", "dim")
+        self.open = False
 
     def said(self) -> dict[str, Any]:
         """For a program."""
@@ -118,11 +144,17 @@ class _Loaded:
     def obeys(self, text: str) -> bool:
         """Is it a command of these? Then it is done; what is wrong with it is told, and nothing changes."""
         word, _, rest = text.partition(" ")
-        if word not in ("/use", "/off", "/adapters") or (rest and word != "/use"):
+        words = ("/use", "/off", "/adapters", *(["/route"] if self.router else []))
+        if word not in words or (rest and word != "/use"):
             return False
+        if word == "/route":
+            self.open, self.by_hand = True, False
+            self.screen.line("the next prompt chooses the adapter", "dim")
+            return True
         try:
             if word != "/adapters":
                 self.use(mixture_of(rest, self.adapters.names) if word == "/use" else {})
+                self.open, self.by_hand = False, True
                 self.screen.line(f"in use: {told(self.now)}", "dim")
                 return True
         except QtuneError as error:

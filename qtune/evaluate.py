@@ -74,12 +74,12 @@ def evaluate(
     *,
     capacity: Capacity,
     advance: Advance | None = None,
-    choice: bool = True,
+    choice: bool | Sequence[tuple[int, ...]] = True,
 ) -> EvalResult:
     """Loss over all examples; where they all answer with one of a few token sequences, also how often the likeliest
-    one is right (choice: False leaves that out). capacity: of a micro-batch; training's is enough, so that no
-    evaluation takes more than training."""
-    answers = choices_of(examples) if choice else None
+    one is right (choice: False leaves that out; answers: these are the few). capacity: of a micro-batch; training's is
+    enough, so that no evaluation takes more than training."""
+    answers = choices_of(examples) if choice is True else choice or None
     device = device_of(model.model)
     mode = model.model.training
     model.model.eval()
@@ -95,6 +95,19 @@ def evaluate(
         return EvalResult(total / max(1, tokens), tokens, len(examples))
     finally:
         model.model.train(mode)
+
+
+def joined(results: Sequence[EvalResult], examples: Sequence[Example]) -> EvalResult:
+    """The results of parts of the `examples` as that of all of them."""
+    if len(results) == 1:
+        return results[0]
+    tokens, n = sum(result.tokens for result in results), sum(result.examples for result in results)
+    loss = sum(result.loss * result.tokens for result in results) / max(1, tokens)
+    if results[0].accuracy is None:
+        return EvalResult(loss, tokens, n)
+    right = sum((result.accuracy or 0.0) * result.examples for result in results)
+    most = max(Counter(map(answer_of, examples)).values())
+    return EvalResult(loss, tokens, n, right / n, most / n, results[0].choices)
 
 
 def choices_of(examples: Sequence[Example]) -> list[tuple[int, ...]] | None:

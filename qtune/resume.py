@@ -86,7 +86,8 @@ def base_digest(model: nn.Module) -> str:
     own = rows_of(model)
     rows = [] if own is None else [*own.tensors().values()]
     for name, parameter in dense_parameters(model).items():
-        if ".adapter." not in name and not name.startswith(f"{SHARED}.") and not any(parameter is one for one in rows):
+        loaded = ".adapter." in name or ".adapters." in name or name.startswith(f"{SHARED}.")
+        if not loaded and not any(parameter is one for one in rows):
             _add(digest, name.replace(".base.", "."), parameter)
     return digest.hexdigest()
 

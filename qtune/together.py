@@ -1,5 +1,5 @@
-"""Runs whose adapters are loaded together: the options `--adapter` and `--use` of `qtune chat` and `qtune eval`, and
-how they are read. Nothing heavy is imported before it is asked for."""
+"""Runs whose adapters are loaded together: the options `--adapter`, `--use` and `--route` of `qtune chat` and `qtune
+eval`, and how they are read. Nothing heavy is imported before it is asked for."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .screen import Screen
 
 
-def options(parser: argparse.ArgumentParser, use: str) -> None:
-    """Declare the two options. use: what `--use` does in this command."""
+def options(parser: argparse.ArgumentParser, use: str, route: str) -> None:
+    """Declare the options. use, route: what `--use` and `--route` do in this command."""
     parser.add_argument(
         "--adapter",
         action="append",
@@ -26,6 +26,7 @@ def options(parser: argparse.ArgumentParser, use: str) -> None:
         "RUN's own has the name of its folder",
     )
     parser.add_argument("--use", action="append", metavar="NAME,..", help=use)
+    parser.add_argument("--route", action="store_true", help=route)
 
 
 def folders_of(run: str, given: Sequence[str] | None) -> dict[str, Path]:

@@ -45,6 +45,7 @@ ORDER = (
     {"runs"},
     {"together"},
     {"resume", "peft_import"},
+    {"routing"},
     {"step"},
     {"evaluate"},
     {"evaluation"},

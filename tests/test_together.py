@@ -152,7 +152,7 @@ def test_python_as_in_the_docs(root: Path) -> None:
     (first, *rest) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
     model = open_base(root / "law", Screen(quiet=True)).model
     ids = torch.randint(3, 100, (3, 8))
-    scope: dict[str, Any] = {"qtune": qtune, "model": model, "ids": ids, "texts": [ids]}
+    scope: dict[str, Any] = {"qtune": qtune, "model": model, "ids": ids, "texts": [ids], "prompts": ids.tolist()}
     for body in (first, *rest):
         exec(body.replace("runs/law", str(root / "law")).replace("runs/code", str(root / "law")), scope)
     assert scope["adapters"].names == ("law", "code")

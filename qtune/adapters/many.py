@@ -51,7 +51,7 @@ def load_many(model: nn.Module, folders: Mapping[str, str | Path]) -> Adapters:
     layers = packed_layers(model)
     fitted = {name: _fit(model, layers, name, folder, digest) for name, folder in folders.items()}
     for name, one in fitted.items():
-        adapters.take(name, one)
+        adapters.take(name, one, folders[name])
     return adapters
 
 
@@ -78,12 +78,15 @@ def _fit(model: nn.Module, layers: Mapping[str, QuantLinear], name: str, folder:
 
 
 class Adapters:
-    """The adapters that a model has loaded. specs: method, targets and options by name."""
+    """The adapters that `model` has loaded. specs: method, targets and options by name; folders: where each was read
+    from."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.specs: dict[str, AdapterSpec] = {}
+        self.folders: dict[str, Path] = {}
         self.sites: dict[str, Mixed] = {}
-        self._model, self._siblings = model, dict[str, Siblings]()
+        self._siblings: dict[str, Siblings] = {}
         self._mixture: Mixture | None = None
         # every way through a transformers model goes through its body
         getattr(model, "base_model", model).register_forward_pre_hook(self._look, with_kwargs=True)
@@ -94,16 +97,16 @@ class Adapters:
         """All that are loaded."""
         return tuple(self.specs)
 
-    def take(self, name: str, fitted: Fitted) -> None:
+    def take(self, name: str, fitted: Fitted, folder: str | Path) -> None:
         """Let an adapter that was built for the model be one of them."""
-        self._model.requires_grad_(False)
+        self.model.requires_grad_(False)
         for site, one in fitted.sites.items():
             if site not in self.sites:
                 parent = self._siblings.setdefault(site.rpartition(".")[0], Siblings())
                 self.sites[site] = Mixed(one.base, parent)
-                place(self._model, site, self.sites[site])
+                place(self.model, site, self.sites[site])
             self.sites[site].add(name, one.adapter)
-        self.specs[name] = fitted.spec
+        self.specs[name], self.folders[name] = fitted.spec, Path(folder)
         self._set(self._mixture)
 
     def use(self, which: Which) -> Using:
@@ -154,7 +157,7 @@ class Adapters:
         sites = [site for site in self.sites.values() if site.mixture is not None]
         for site in sites:
             site.reach = torch.zeros(())
-        body = getattr(self._model, "base_model", self._model)
+        body = getattr(self.model, "base_model", self.model)
         for ids in sample:
             body(ids)
         for site in sites:

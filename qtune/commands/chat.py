@@ -17,7 +17,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--system", help="system message")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
     add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    adapter_options(parser, "with --adapter: what answers, such as law or law=0.7,code=0.3; default: RUN's own adapter")
+    adapter_options(
+        parser,
+        "with --adapter: what answers, such as law or law=0.7,code=0.3; default: RUN's own adapter",
+        "with --adapter: the first prompt of a conversation chooses the adapter whose training data is most like it",
+    )
     add("--scheme", help="how a MODEL is quantized while loading; default: as it is packed, or nf4")
     add("--device", help="auto, cuda, mps or cpu; default: the recipe's, for a MODEL auto")
 
@@ -29,5 +33,5 @@ def chat(args: argparse.Namespace, screen: Any, emit: Callable[[Any], None]) -> 
     chat(
         args.model, screen, prompt=args.prompt, system=args.system, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, scheme=args.scheme, device=args.device, adapters=args.adapter, use=args.use,
-        emit=emit,
+        route=args.route, emit=emit,
     )  # fmt: skip

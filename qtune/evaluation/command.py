@@ -4,27 +4,21 @@ the model loads. Nothing heavy is imported before the command runs."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..together import folders_of, mixture_of, open_together, told
+from ..together import folders_of, mixture_of, open_together
 from ..together import options as adapter_options
 
 if TYPE_CHECKING:
-    from ..adapters.many import Adapters
-    from ..batches import Capacity
     from ..recipe import Recipe
     from ..screen import Screen
-    from ..step import LanguageModel
     from .asked import Held
     from .generation import Sampling
-    from .harness import Tasks
-    from .metrics import TextMetric
+    from .measuring import Job
 
-WRONG_SHOWN, SHOWN_CHARACTERS = 3, 100
 GENERATING = ("max_new_tokens", "stop", "temperature", "seed")  # options of texts
 ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
 
@@ -39,6 +33,8 @@ def options(sub: argparse.ArgumentParser) -> None:
         sub,
         "with --adapter: evaluate this, such as law or law=0.7,code=0.3; may be given several times; default: "
         "each adapter by itself",
+        "with --adapter: also evaluate all of them together, each example by the adapter whose training data is most "
+        "like its prompt",
     )
     add("--parts", type=int, metavar="N", help="with --adapter: keep only the N rank-one parts that a token moves most")
     add(
@@ -61,22 +57,6 @@ def options(sub: argparse.ArgumentParser) -> None:
     add("--out", metavar="FILE.jsonl", help="write prompt, answer, expected answer and score of each example")
     add("--scheme", help="how a MODEL is quantized while loading; default: as it is stored")
     add("--device", help="auto, cuda, mps or cpu; default: the recipe's, for a MODEL auto")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """All that is asked, before the model is there. names: of metrics; none: the default ones."""
-
-    recipe: Recipe
-    folders: dict[str, Path]
-    uses: list[dict[str, float]]
-    is_run: bool
-    stored: bool
-    names: tuple[str, ...]
-    metrics: list[TextMetric]
-    how: Sampling
-    tasks: Tasks | None
-    held: Held | None
 
 
 def evaluate_command(args: argparse.Namespace, screen: Screen, emit: Callable[[Any], None]) -> None:
@@ -102,12 +82,13 @@ def evaluate_command(args: argparse.Namespace, screen: Screen, emit: Callable[[A
 # ---- before the model loads
 
 
-def _job(args: argparse.Namespace, screen: Screen) -> _Job:
+def _job(args: argparse.Namespace, screen: Screen) -> Job:
     from ..errors import QtuneError
     from ..runs import tokenizer_of
     from .asked import longest
     from .generation import Sampling
     from .harness import load_tasks
+    from .measuring import Job
     from .metrics import CHOICE, text_metrics, try_on
 
     if faults := _faults(args):
@@ -124,10 +105,17 @@ def _job(args: argparse.Namespace, screen: Screen) -> _Job:
     folders = folders_of(args.run, args.adapter)
     if (args.use or args.parts is not None) and not folders:
         raise QtuneError("Q103", "--use and --parts choose among several adapters; legal with --adapter NAME=RUN")
+    if args.route and (fault := _route_fault(args, folders)):
+        raise QtuneError("Q103", f"--route: {fault}")
     uses = [mixture_of(text, list(folders)) for text in args.use or folders]
     recipe, is_run, stored = _subject(args)
+    if args.route and recipe.data.loss_on == "all":
+        raise QtuneError(
+            "Q809", f"--route: the recipe of {args.run} learns all tokens (data.loss_on all), so that nothing tells "
+            "prompts, by which adapters are chosen, from answers; legal: a RUN that learns answers"
+        )  # fmt: skip
     tokenizer, _ = tokenizer_of(recipe)
-    job = _Job(recipe, folders, uses, is_run, stored, names, metrics, how, None, None)
+    job = Job(recipe, folders, uses, is_run, stored, names, metrics, how, None, None)
     if args.tasks:
         return replace(job, tasks=load_tasks([name for name in args.tasks.split(",") if name]))
     held = _held(args, job, tokenizer, screen)
@@ -193,6 +181,15 @@ def _without_effect(args: argparse.Namespace, names: tuple[str, ...], texts: boo
     return faults
 
 
+def _route_fault(args: argparse.Namespace, folders: Mapping[str, Path]) -> str:
+    """What keeps prompts from choosing adapters; empty where nothing does."""
+    if not folders:
+        return "prompts choose among several adapters; legal with --adapter NAME=RUN"
+    if args.tasks:
+        return "the prompts of --tasks are lm-eval's, one after another; legal: without --tasks"
+    return "an adapter has this name already; give it another one by NAME=RUN" if "route" in folders else ""
+
+
 def _unescaped(text: str) -> str:
     r"""\n, \t and \\ as what they stand for."""
     import re
@@ -230,7 +227,7 @@ def _subject(args: argparse.Namespace) -> tuple[Recipe, bool, bool]:
     return recipe, False, args.scheme is None and source.kind == "qtune"
 
 
-def _held(args: argparse.Namespace, job: _Job, tokenizer: Any, screen: Screen) -> Held:
+def _held(args: argparse.Namespace, job: Job, tokenizer: Any, screen: Screen) -> Held:
     from ..errors import QtuneError
     from .asked import held_out
     from .choice import questions_of
@@ -252,12 +249,15 @@ def _held(args: argparse.Namespace, job: _Job, tokenizer: Any, screen: Screen) -
 # ---- with the model
 
 
-def _evaluate(args: argparse.Namespace, job: _Job, screen: Screen) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _evaluate(args: argparse.Namespace, job: Job, screen: Screen) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Results by what was evaluated (base, adapter; model), and the rows of --out."""
     from ..batches import Capacity
+    from ..routing import load_router
     from ..runs import load_base, open_run
     from ..step import LanguageModel
     from .harness import run_tasks, shown
+    from .measuring import measure
+    from .subjects import subjects
 
     adapters = None
     if job.folders:
@@ -276,9 +276,12 @@ def _evaluate(args: argparse.Namespace, job: _Job, screen: Screen) -> tuple[dict
     capacity = Capacity(args.batch) if args.batch else replace(Capacity.of(keys), packed=False)
     results: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    for name, switch in _subjects(args, job, model, adapters):
-        switch()
+    router = load_router(adapters, screen=screen) if args.route and adapters is not None else None
+    asked = subjects(model, adapters, job.uses, base=args.base, is_run=job.is_run, parts=args.parts, router=router)
+    for subject in asked:
+        name = subject.name
         if job.tasks is not None:
+            subject.switch()
             batch = capacity.rows(job.recipe.data.max_length)
             found, some = run_tasks(
                 model, tokenizer, job.tasks, batch=batch, limit=args.limit, num_fewshot=args.num_fewshot
@@ -286,100 +289,7 @@ def _evaluate(args: argparse.Namespace, job: _Job, screen: Screen) -> tuple[dict
             for line in shown(found):
                 screen.line(f"{name:8} {line}")
         else:
-            found, some = _measure(job, name, language, tokenizer, capacity, args.batch is not None, screen)
+            found, some = measure(job, subject, language, tokenizer, capacity, args.batch is not None, screen)
         results[name] = found
         rows += [{"model": name, **row} for row in some]
     return results, rows
-
-
-def _subjects(
-    args: argparse.Namespace, job: _Job, model: Any, adapters: Adapters | None
-) -> list[tuple[str, Callable[[], Any]]]:
-    """The name of each thing that is evaluated, and what makes the model be that."""
-    from ..adapters import enable_adapters
-
-    if adapters is None:
-        named = [("base", False)] * args.base + [("adapter", True)] if job.is_run else [("model", True)]
-        return [(name, partial(enable_adapters, model, enabled)) for name, enabled in named]
-    chosen: list[tuple[str, Callable[[], Any]]] = [("base", partial(adapters.use, None))] * args.base
-    for weights in job.uses:
-        whole = partial(adapters.use, weights)
-        parts = partial(adapters.select, weights, args.parts)
-        chosen.append((told(weights), whole if args.parts is None else parts))
-    return chosen
-
-
-def _measure(
-    job: _Job, name: str, language: LanguageModel, tokenizer: Any, capacity: Capacity, by_hand: bool, screen: Screen
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """All metrics on the model as it is; told, as values, and as rows."""
-    from ..evaluate import evaluate
-    from .choice import choose
-
-    assert job.held is not None
-    held, found, rows = job.held, dict[str, Any](), list[dict[str, Any]]()
-    if not job.names or "perplexity" in job.names:
-        with screen.bar(f"evaluating {name}", len(held.examples)) as advance:
-            few = not job.names and not held.questions
-            result = evaluate(language, held.examples, capacity=capacity, advance=advance, choice=few)
-        screen.line(f"{name:8} {result}")
-        found |= result.to_dict()
-    if held.questions:
-        count = sum(len(question.candidates) for question in held.questions)
-        with screen.bar(f"choosing, {name}", count) as advance:
-            chosen = choose(language, held.questions, capacity=capacity, advance=advance)
-        screen.line(f"{name:8} {chosen}")
-        found |= chosen.to_dict()
-        for question, asked, picked in zip(held.questions, held.prompts(tokenizer), chosen.picked, strict=True):
-            rows.append({
-                "metric": "choice", "where": question.where, "prompt": asked, "answer": question.texts[picked],
-                "expected": question.texts[question.right], "score": float(picked == question.right),
-            })  # fmt: skip
-    if job.metrics:
-        more, some = _texts(job, name, language.model, tokenizer, capacity, by_hand, screen)
-        found, rows = found | more, rows + some
-    return found, rows
-
-
-def _texts(
-    job: _Job, name: str, model: Any, tokenizer: Any, capacity: Capacity, by_hand: bool, screen: Screen
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The metrics of generated answers. Where no --batch was given, as many tokens at a time as in training."""
-    from ..batches import Capacity
-    from .generation import generate_many
-
-    assert job.held is not None
-    asked, longest = job.held.asked, job.recipe.data.max_length
-    if not by_hand and not capacity.by_tokens:
-        capacity = Capacity(capacity.limit * longest, by_tokens=True)
-    with screen.bar(f"answering, {name}", len(asked)) as advance:
-        prompts = [one.ids for one in asked]
-        answers = generate_many(model, tokenizer, prompts, job.how, capacity=capacity, advance=advance)
-    found, rows = dict[str, Any](), list[dict[str, Any]]()
-    for metric in job.metrics:
-        scores = [metric.score(one, answer) for one, answer in zip(asked, answers, strict=True)]
-        mean = sum(scores) / len(scores)
-        found[metric.name] = mean
-        rows += [
-            {
-                "metric": metric.name, "where": one.where, "prompt": one.prompt, "answer": answer,
-                "expected": one.expected, "score": score,
-            }
-            for one, answer, score in zip(asked, answers, scores, strict=True)
-        ]  # fmt: skip
-        if metric.name != "exact-match":
-            screen.line(f"{name:8} {metric.name} {mean:.4f}, the mean over {len(scores):,} answers")
-            continue
-        right = int(sum(scores))
-        screen.line(
-            f"{name:8} exact match {mean:.1%} ({right:,} of {len(scores):,}), white space around the answers left out"
-        )
-        wrong = [(one, answer) for one, answer, score in zip(asked, answers, scores, strict=True) if not score]
-        for one, answer in wrong[:WRONG_SHOWN]:
-            screen.line(f"         wrong: {_short(answer)} in place of {_short(one.expected)}  ({one.where})", "dim")
-    return found | {"answers": len(answers)}, rows
-
-
-def _short(text: str) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "...")
