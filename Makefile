@@ -20,11 +20,11 @@ TESTS_READY := $(VENV)/.tests-ready
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench bench-quality bench-family bench-7b bench-7b-stock docs docs-tables clean setup FORCE
+.PHONY: help demo test test-slow check bench bench-quality bench-family bench-forgetting bench-7b bench-7b-stock docs docs-tables clean setup FORCE
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is one of:"
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' Makefile
 
 demo: setup ## fine-tune a small model on an NF4 base, merge and verify it (minutes on 2 CPU cores)
 	@$(PY) -m qtune demo
@@ -39,7 +39,7 @@ check: setup ## lint (ruff) and type-check (mypy)
 	@$(PY) -m ruff check .; linted=$$?; $(PY) -m mypy && exit $$linted
 
 # what takes hours is a target of its own
-SLOW_BENCH := benchmarks/quality.py benchmarks/recipes.py benchmarks/seven_b.py benchmarks/family.py
+SLOW_BENCH := benchmarks/quality.py benchmarks/recipes.py benchmarks/seven_b.py benchmarks/family.py benchmarks/forgetting.py
 
 bench: setup ## run every benchmarks/*.py that takes minutes
 	@set -e; for script in $(filter-out $(SLOW_BENCH),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(PY) "$$script"; done
@@ -49,6 +49,9 @@ bench-quality: setup ## measure the starts and the recipes of configs/methods/ (
 
 bench-family: setup ## measure every method at the same number of trained values (hours; goes on where it stopped)
 	@$(PY) benchmarks/family.py $(ARGS)
+
+bench-forgetting: setup ## measure what three tasks learned one after another leave of each other (hours; goes on where it stopped)
+	@$(PY) benchmarks/forgetting.py $(ARGS)
 
 bench-7b: setup ## train a 7B shape for two steps, weights resident and streamed: memory and time (20 minutes, 8 GB of disk)
 	@$(PY) benchmarks/seven_b.py $(ARGS)

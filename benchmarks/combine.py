@@ -132,30 +132,35 @@ class Tasks:
             return
         print(f"{way} ...", file=sys.stderr, flush=True)
         run, about = make()
-        self.book.add(self.key(way), about | {"tasks": self.losses(run, enabled)})
+        files = {name: self.folder / held_out for name, (_, held_out) in TASKS.items()}
+        found = losses(run, files, enabled=enabled, most=16 if self.smoke else None)
+        self.book.add(self.key(way), about | {"tasks": found})
         if about:
             shutil.rmtree(run)
 
-    def losses(self, run: Path, enabled: bool) -> dict[str, Any]:
-        """Loss and accuracy on what both tasks hold out."""
-        from qtune.adapters import enable_adapters
-        from qtune.batches import Capacity
-        from qtune.data import load_data
-        from qtune.evaluate import evaluate
-        from qtune.runs import open_run
-        from qtune.screen import Screen
-        from qtune.step import LanguageModel
 
-        opened = open_run(run, Screen(quiet=True))
-        enable_adapters(opened.model, enabled)
-        language = LanguageModel(opened.model)
-        found = {}
-        for name, (_, held_out) in TASKS.items():
-            examples, _ = load_data(self.folder / held_out, opened.tokenizer, max_length=128)
-            examples = examples[: 16 if self.smoke else None]
-            language.choose_attention(max(len(example.input_ids) for example in examples))
-            found[name] = evaluate(language, examples, capacity=Capacity(8)).to_dict()
-        return found
+def losses(
+    run: Path, files: dict[str, Path], *, enabled: bool = True, length: int = 128, most: int | None = None
+) -> dict[str, Any]:
+    """Loss and accuracy of a run, or of its base, on each of these files: on all examples or the first `most`."""
+    from qtune.adapters import enable_adapters
+    from qtune.batches import Capacity
+    from qtune.data import load_data
+    from qtune.evaluate import evaluate
+    from qtune.runs import open_run
+    from qtune.screen import Screen
+    from qtune.step import LanguageModel
+
+    opened = open_run(run, Screen(quiet=True))
+    enable_adapters(opened.model, enabled)
+    language = LanguageModel(opened.model)
+    found = {}
+    for name, file in files.items():
+        examples, _ = load_data(file, opened.tokenizer, max_length=length)
+        examples = examples[:most]
+        language.choose_attention(max(len(example.input_ids) for example in examples))
+        found[name] = evaluate(language, examples, capacity=Capacity(8)).to_dict()
+    return found
 
 
 # ---- memory

@@ -517,6 +517,37 @@ def combine_memory_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def forgetting_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Accuracy on tasks learned one after another, by the way: after the last of them, and what was forgotten."""
+    by: dict[str, dict[int, dict[int, list[float]]]] = {}  # way -> seed -> tasks learned -> accuracy on each task
+    for row in latest(rows):
+        given = row["settings"]
+        seen = [row["tasks"][task]["accuracy"] for task in given["tasks"]]
+        by.setdefault(given["way"], {}).setdefault(given["seed"], {})[given["after"]] = seen
+    tasks = rows[0]["settings"]["tasks"] if rows else []
+    lines = [f"| learned as | {' | '.join(tasks)} | mean | forgotten | seeds |", "| --- " * (4 + len(tasks)) + "|"]
+    for way, seeds in by.items():
+        whole = [
+            after for after in seeds.values() if len(tasks) in after or 0 in after
+        ]  # a seed still under way is not
+        if whole:
+            last = [after[max(after)] for after in whole]
+            means = [sum(values) / len(whole) for values in zip(*last, strict=True)]
+            lost = [_forgotten(after) for after in whole if len(after) == len(tasks)]
+            cells = [way, *(f"{mean:.1%}" for mean in (*means, sum(means) / len(means)))]
+            cells += [f"{sum(lost) / len(lost):.1%}" if lost else "", str(len(whole))]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _forgotten(after: dict[int, list[float]]) -> float:
+    """Mean over the tasks before the last of the best accuracy, before the last task was learned, less the last one
+    (Chaudhry et al. 2018, arXiv 1801.10112). A task counts from when it was learned."""
+    count = max(after)
+    lost = [max(after[k][task] for k in range(task + 1, count)) - after[count][task] for task in range(count - 1)]
+    return sum(lost) / len(lost)
+
+
 TABLES: dict[str, Callable[[Any], list[str]]] = {
     "many": many_table,
     "merge": merge_table,
@@ -532,6 +563,7 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "choices-schemes": choices_schemes_table,
     "packing": packing_table,
     "family": family_table,
+    "forgetting": forgetting_table,
     "combine": combine_table,
     "combine-memory": combine_memory_table,
     "quality": quality_table,
