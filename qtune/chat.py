@@ -54,13 +54,7 @@ def chat(
         )
     template, loaded = None, None
     folders = folders_of(source, adapters)
-    if use and (not folders or len(use) > 1):
-        given = "once, with all that answer together" if folders else "with --adapter NAME=RUN"
-        raise QtuneError("Q103", f"--use {' --use '.join(use)}: legal: {given}")
-    if route and (use or not folders):
-        given = "without --use, which chooses as well" if use else "with --adapter NAME=RUN, to choose among several"
-        raise QtuneError("Q103", f"--route: legal: {given}")
-    first = mixture_of(use[0], list(folders)) if use else dict.fromkeys(list(folders)[:1], 1.0)
+    first = _first(list(folders), use, route)
     if is_run(source):
         if scheme is not None:
             raise QtuneError("Q103", f"--scheme {scheme}: {source} is a run, whose base is stored as its recipe says")
@@ -109,6 +103,17 @@ def chat(
         turns.append({"role": "assistant", "content": answer})
         said.append({"prompt": text, "answer": answer} | (loaded.said() if loaded else {}))
     emit(said)
+
+
+def _first(names: Sequence[str], use: Sequence[str] | None, route: bool) -> dict[str, float]:
+    """The adapters that begin, with weights. Raises QtuneError for options that do not go together."""
+    if use and (not names or len(use) > 1):
+        given = "once, with all that answer together" if names else "with --adapter NAME=RUN"
+        raise QtuneError("Q103", f"--use {' --use '.join(use)}: legal: {given}")
+    if route and (use or not names):
+        given = "without --use, which chooses as well" if use else "with --adapter NAME=RUN, to choose among several"
+        raise QtuneError("Q103", f"--route: legal: {given}")
+    return mixture_of(use[0], names) if use else dict.fromkeys(names[:1], 1.0)
 
 
 class _Loaded:

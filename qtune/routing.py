@@ -3,14 +3,11 @@
     router = qtune.load_router(adapters)                    of `qtune.load_adapters`
     adapters.use(router.choose(prompts))                    of each sample of a batch its own
 
-CoLoR: M. Wistuba, P. T. Sivaprasad, L. Balles, G. Zappella, Continual Learning with Low Rank Adaptation (2023,
-arXiv:2311.17601). Of each data set the features h(x) of its training examples by the frozen model, without any adapter,
-are clustered by k-means, and the centres are kept; at use the nearest of all centres names the data set, and so the
-adapter. An adapter that is added later changes nothing of the others.
-
-What differs from the paper, which is about images and a vision transformer: h(x) is the mean over the tokens of a
+CoLoR (Wistuba et al. 2023, arXiv 2311.17601): the features h(x) of a data set's training examples by the frozen model,
+without any adapter, are clustered by k-means, and the centres are kept; at use the nearest of all centres names the
+data set, and so the adapter. What differs from the paper, which is about images: h(x) is the mean over the tokens of a
 prompt of what the last layer gives, after the final norm, made of length 1; and at most 64 examples of a run are read,
-of each only what stands before its first answer, for that is all that there is when an adapter is chosen.
+of each what stands before its first answer, for that is all that there is when an adapter is chosen.
 
 The prototypes lie with the run, in prototypes.safetensors, with what they were made from: the base, the prompts, and
 how many of what. Where one of these is another, or the file is damaged, they are made again.
