@@ -210,12 +210,12 @@ def test_trained_positions_and_padding_are_the_batch_s(folder: Path) -> None:
     + [
         pytest.param(*case, marks=pytest.mark.slow)
         for case in [("llama", False), ("gemma2", True), ("phi3", True), ("gpt2", False)]
-        + [("qwen3-moe", True), ("qwen3-moe", False)]
     ],
 )
 def test_torch_s_own_attention_is_planned_as_torch_calls_it(
     family: str, padded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Not of mixtures: how a router spreads these tokens no plan knows."""
     monkeypatch.setattr("qtune.step.use_own_attention", lambda model, device: False)
     tiny.saved(family, tmp_path, **{"n_positions" if family == "gpt2" else "max_position_embeddings": 256})
     real = load(tmp_path, scheme_from("nf4"))

@@ -276,9 +276,12 @@ def trainable(shape: Sequence[int], base: QuantLinear, dtype: torch.dtype | None
 
 
 def replace_values(tensor: Tensor, values: Tensor) -> None:
-    """Let a parameter or buffer, which stays the same object, hold `values` of the same dtype and any shape."""
-    if values.shape != tensor.shape:  # autograd remembers the shape of a parameter until its type changes
-        tensor.data = values.new_empty(0, dtype=torch.complex64)
+    """Let a parameter or buffer, which stays the same object, hold `values` of the same dtype and any shape: in its own
+    memory where the shape stays, so that each step takes and gives back the same."""
+    if values.shape == tensor.shape:
+        tensor.data.copy_(values)
+        return
+    tensor.data = values.new_empty(0, dtype=torch.complex64)  # autograd remembers the shape until the type changes
     tensor.data = values
 
 

@@ -44,10 +44,11 @@ class Flora(ReLoRA):
     def anew(self, site: str, step: int) -> dict[nn.Parameter, Change]:
         """A drawn anew, B zero, the optimizer's mean moved to the new A."""
         drawn = torch.randn(self.A.shape, generator=carried.generator(self.seed, step, site))
-        old, new = self.A.data, drawn.mul_(len(drawn) ** -0.5).to(self.A)
-        replace_values(self.A, new)
+        new = drawn.mul_(len(drawn) ** -0.5).to(self.A)
         wide = torch.promote_types(new.dtype, torch.float32)
-        return {self.B: Change(torch.zeros_like, partial(moved, turn=old.to(wide) @ new.to(wide).T), row_means)}
+        turn = self.A.data.to(wide) @ new.to(wide).T
+        replace_values(self.A, new)
+        return {self.B: Change(torch.zeros_like, partial(moved, turn=turn), row_means)}
 
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> list[str]:
