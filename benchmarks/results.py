@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -76,11 +76,12 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _source(file: str, value: dict[str, Any]) -> str:
-    versions = value["versions"]
-    where = f"{value['hardware']['cpu']}, {value['hardware']['cores']} cores"
-    packages = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    return f"({where}; {packages}; {value['date'][:10]}; `benchmarks/results/{file}`)"
+def _source(file: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Every machine and every version that rows are of, and the day of the last one."""
+    machines = [f"{row['hardware']['cpu']}, {row['hardware']['cores']} cores" for row in rows]
+    packages = [f"torch {row['versions']['torch']}, transformers {row['versions']['transformers']}" for row in rows]
+    where, what = ("; ".join(dict.fromkeys(names)) for names in (machines, packages))
+    return f"({where}; {what}; {max(row['date'][:10] for row in rows)}; `benchmarks/results/{file}`)"
 
 
 def load_table(value: dict[str, Any]) -> list[str]:
@@ -575,15 +576,15 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
 }
 
 
-def read(name: str) -> tuple[Any, str, dict[str, Any]]:
-    """What the table of this name is made of, the file's name, and a value that says where it was measured."""
+def read(name: str) -> tuple[Any, str, Sequence[dict[str, Any]]]:
+    """What the table of this name is made of, the file's name, and what says where it was measured."""
     path = FOLDER / f"{SAME_FILE.get(name, name)}.jsonl"
     if path.exists():
         rows = [row for row in read_rows(path) if row["device"] in ("cpu", "meta", "plan")]
-        return rows, path.name, rows[0]
+        return rows, path.name, rows
     path = path.with_suffix(".json")
     value = json.loads(path.read_text("utf-8"))
-    return value, path.name, value
+    return value, path.name, [value]
 
 
 def pages() -> list[Path]:
