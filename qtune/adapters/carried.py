@@ -19,14 +19,15 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import QtuneError, listed
-from .base import QuantLinear, replace_values
+from .base import PeftNames, QuantLinear, replace_values
+from .lora import LoRA
 
 LOST = 0.005  # of the norm of what is carried: what one cut may lose; the rest of 1 % is for rounding to the dtype
 GROWS: Mapping[str, tuple[int, str]] = MappingProxyType(
@@ -39,6 +40,29 @@ def make_room(adapter: nn.Module, base: QuantLinear) -> None:
     like: dict[str, Any] = {"dtype": base.dtype, "device": base.device}
     adapter.register_buffer("carried_A", torch.empty(0, base.in_features, **like))
     adapter.register_buffer("carried_B", torch.empty(base.out_features, 0, **like))
+
+
+class CarryingLoRA(LoRA, register=False):
+    """A LoRA beside what it carries: y = base(x) + s (carried_B carried_A + B A) x."""
+
+    peft: ClassVar[PeftNames | None] = None
+    grows: ClassVar[Mapping[str, tuple[int, str]]] = GROWS
+    carried_A: Tensor
+    carried_B: Tensor
+
+    def __init__(
+        self, base: QuantLinear, *, rank: int, alpha: float, dropout: float, carry: int, seed: int
+    ) -> None:  # fmt: skip
+        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout)
+        make_room(self, base)
+        self.carry, self.seed = carry, seed
+
+    def changed(self, x: Tensor, base: QuantLinear) -> Tensor:
+        return beside(super().changed(x, base), x, self.carried_A, self.carried_B, self.scale)
+
+    @torch.no_grad()
+    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
+        return torch.cat((self.A, self.carried_A)), torch.cat((self.B, self.carried_B), 1), self.scale
 
 
 @torch.no_grad()

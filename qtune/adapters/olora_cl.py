@@ -12,23 +12,16 @@ Not to be mixed up with olora, which starts from a QR decomposition of W.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import carried
-from .base import Adapter, PeftNames, QuantLinear
-from .lora import LoRA
+from .base import Adapter, QuantLinear
 
 
-class ContinualLoRA(LoRA):
+class ContinualLoRA(carried.CarryingLoRA):
     """LoRA whose inputs are kept apart from those of the tasks before."""
-
-    peft: ClassVar[PeftNames | None] = None
-    grows: ClassVar[Mapping[str, tuple[int, str]]] = carried.GROWS
-    carried_A: Tensor
-    carried_B: Tensor
 
     def __init__(
         self,
@@ -41,21 +34,13 @@ class ContinualLoRA(LoRA):
         carry: int = 64,
         seed: int = 0,
     ) -> None:
-        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout)
-        carried.make_room(self, base)
-        self.weight, self.carry, self.seed = penalty, carry, seed
-
-    def changed(self, x: Tensor, base: QuantLinear) -> Tensor:
-        return carried.beside(super().changed(x, base), x, self.carried_A, self.carried_B, self.scale)
+        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout, carry=carry, seed=seed)
+        self.weight = penalty
 
     def penalty(self) -> Tensor | None:
         if not len(self.carried_A) or not self.weight:
             return None
         return self.weight * (self.carried_A.float() @ self.A.float().T).abs().sum()
-
-    @torch.no_grad()
-    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
-        return torch.cat((self.A, self.carried_A)), torch.cat((self.B, self.carried_B), 1), self.scale
 
     @classmethod
     def taken_over(cls, adapters: Mapping[str, Adapter]) -> None:

@@ -14,25 +14,19 @@ Left out: the paper's warm start with full training; export for PEFT, whose LoRA
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import carried
-from .base import Adapter, Change, Changes, PeftNames, QuantLinear
-from .lora import LoRA
+from .base import Adapter, Change, Changes, QuantLinear
 
 PRUNE_BY = ("magnitude", "random")
 
 
-class ReLoRA(LoRA):
+class ReLoRA(carried.CarryingLoRA):
     """LoRA that begins anew from time to time."""
-
-    peft: ClassVar[PeftNames | None] = None
-    grows: ClassVar[Mapping[str, tuple[int, str]]] = carried.GROWS
-    carried_A: Tensor
-    carried_B: Tensor
 
     def __init__(
         self,
@@ -48,17 +42,8 @@ class ReLoRA(LoRA):
         carry: int = 256,
         seed: int = 0,
     ) -> None:
-        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout)
-        carried.make_room(self, base)
+        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout, carry=carry, seed=seed)
         self.period, self.rewarm, self.prune, self.prune_by = period, rewarm, prune, prune_by
-        self.carry, self.seed = carry, seed
-
-    def changed(self, x: Tensor, base: QuantLinear) -> Tensor:
-        return carried.beside(super().changed(x, base), x, self.carried_A, self.carried_B, self.scale)
-
-    @torch.no_grad()
-    def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
-        return torch.cat((self.A, self.carried_A)), torch.cat((self.B, self.carried_B), 1), self.scale
 
     # ---- in time
 
