@@ -204,7 +204,19 @@ LowRank = Mapping[str, tuple[Tensor, Tensor, float]]
 Others = Sequence[tuple[Adapter, Tensor | None, Any]]  # adapter, its rows (None: all), its weight or weights
 
 
-class Summed:
+class Stack:
+    """The factors of the adapters `names` in one tensor A. others: those of other forms."""
+
+    names: tuple[str, ...]
+    others: Others
+    A: Tensor
+
+    def fits(self, x: Tensor) -> bool:
+        """Was it made for values like these?"""
+        return not self.names or (self.A.dtype == x.dtype and self.A.device == x.device)
+
+
+class Summed(Stack):
     """One mixture for all samples: A [ranks, in] and B [out, ranks], and the adapters of other forms."""
 
     def __init__(
@@ -213,7 +225,7 @@ class Summed:
         (weights,) = mixture.rows
         self.names = tuple(low)
         self.count: int | None = None  # of the parts that a token keeps; None: all
-        self.others: Others = [(adapter, None, weights[name]) for name, adapter in others.items()]
+        self.others = [(adapter, None, weights[name]) for name, adapter in others.items()]
         if not low:
             return
         if mixture.select:
@@ -226,10 +238,6 @@ class Summed:
             A = torch.cat([A.to(x) for A, _, _ in low.values()])
             B = torch.cat([(B.float() * (s * weights[name])).to(x) for name, (_, B, s) in low.items()], 1)
         self.A, self.B = A.to(x), B.to(x)
-
-    def fits(self, x: Tensor) -> bool:
-        """Was it made for values like these?"""
-        return not self.names or (self.A.dtype == x.dtype and self.A.device == x.device)
 
     def inner(self, x: Tensor, A: Tensor) -> Tensor:
         """x [..., in], A [n, in] -> [..., n]."""
@@ -248,13 +256,13 @@ class Summed:
         return y.add_(F.linear(inner, self.B))
 
 
-class ByRow:
+class ByRow(Stack):
     """A mixture for each sample: A [n, rank, in] and B [n, rank, out] of all adapters, smaller ranks filled with zeros,
     and for each of the samples that have some, `places` [rows, k] of their adapters."""
 
     def __init__(self, low: LowRank, others: Mapping[str, Adapter], rows: Sequence[Weights], x: Tensor) -> None:
         self.names = tuple(low)
-        self.others: Others = [(adapter, *_rows_of(name, rows, x)) for name, adapter in others.items()]
+        self.others = [(adapter, *_rows_of(name, rows, x)) for name, adapter in others.items()]
         if not low:
             return
         rank = max(len(A) for A, _, _ in low.values())
@@ -275,10 +283,6 @@ class ByRow:
         self.places = torch.tensor(places, device=x.device)
         self.weights = torch.tensor(weights, device=x.device).to(x)
         self.plain = all(weight == 1 for row in weights for weight in row)
-
-    def fits(self, x: Tensor) -> bool:
-        """Was it made for values like these?"""
-        return not self.names or (self.A.dtype == x.dtype and self.A.device == x.device)
 
     def _of_rows(self, factors: Tensor) -> Tensor:
         """factors [n, rank, size] -> [rows, k rank, size]: those of each row's adapters."""
