@@ -49,7 +49,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = _version()
+        from .version import version
+
+        value: Any = version()
     elif name in _PUBLIC:
         room, _, attribute = _PUBLIC[name].partition(":")
         value = getattr(import_module(f".{room}", __name__), attribute)
@@ -61,17 +63,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    """The installed version; in a checkout that is not installed, the one that pyproject.toml states."""
-    import re
-    from importlib.metadata import PackageNotFoundError, version
-    from pathlib import Path
-
-    try:
-        return version("qtune")
-    except PackageNotFoundError:
-        project = Path(__file__).parent.parent / "pyproject.toml"
-        found = re.search(r'^version = "(.+)"$', project.read_text("utf-8"), re.M) if project.is_file() else None
-        return found[1] if found else "0+unknown"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from . import __version__
 from .runs import Run, combined_from, licences
 from .sections import entries
+from .version import version
 
 RECORD = "run.json"  # which training writes (report/record.py)
 
@@ -54,5 +54,5 @@ def _made(run: Run, data: str) -> list[str]:
     """How the adapter came to be."""
     what = f"{run.recipe.adapter.method} on {run.recipe.scheme}"
     if parts := combined_from(run.folder):
-        return [f"- combined with qtune {__version__} into one {what}:", *(f"    - {part}" for part in parts)]
-    return [f"- trained with qtune {__version__}: {what}, data {data}"]
+        return [f"- combined with qtune {version()} into one {what}:", *(f"    - {part}" for part in parts)]
+    return [f"- trained with qtune {version()}: {what}, data {data}"]

@@ -155,9 +155,9 @@ def _fail(args: argparse.Namespace, code: str, text: str, status: int = 1) -> in
 
 
 def _version() -> str:
-    from . import __version__
+    from .version import version
 
-    return f"qtune {__version__}"
+    return f"qtune {version()}"
 
 
 def _screen(args: argparse.Namespace) -> Any:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, backend
+from . import backend
 from .memory import host_memory, keep_freed_memory
 from .memory.cuda import told
 from .ops import REFERENCES
 from .screen import size
 from .speed import cases, machine, seconds
+from .version import version, version_of
 
 # an op that is served through another one -> that other one, and what is added
 INSIDE = {
@@ -42,7 +42,7 @@ def doctor(*, json_out: bool, markdown: bool, measure: bool = True) -> None:
     facts = findings()
     console = Console(stderr=json_out)
     if not json_out:
-        table = Table(title=f"qtune {__version__} on this machine", title_justify="left", show_header=False)
+        table = Table(title=f"qtune {version()} on this machine", title_justify="left", show_header=False)
         for key, value in facts.items():
             table.add_row(key, str(value), style=None)
         console.print(table)
@@ -181,7 +181,4 @@ def _abilities() -> str:
 
 
 def _installed(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+    return version_of(name) or "not installed"

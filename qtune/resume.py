@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__
 from .adapters.sites import SHARED
 from .data import Example
 from .errors import QtuneError
@@ -28,6 +27,7 @@ from .recipe import Recipe
 from .runs import anchored
 from .sections import TrainKeys
 from .state import Saved
+from .version import version
 from .vocabulary import rows_of
 
 FREE = (
@@ -52,7 +52,7 @@ def about(recipe: Recipe, data: Digests, base: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of what computes."""
-    return {"qtune": __version__, "torch": torch.__version__}
+    return {"qtune": version(), "torch": torch.__version__}
 
 
 # ---- digests
@@ -118,7 +118,7 @@ def saved_recipe(saved: Saved) -> Recipe:
         return Recipe.load(saved.info["recipe"], training=False)
     except QtuneError as error:
         raise QtuneError(
-            "Q409", f"the recipe in {saved.folder} is not one of this qtune {__version__}: {error}"
+            "Q409", f"the recipe in {saved.folder} is not one of this qtune {version()}: {error}"
         ) from error
 
 

@@ -24,10 +24,10 @@ import safetensors.torch
 from torch import Tensor, nn
 from torch.utils import swap_tensors
 
-from .. import __version__
 from ..errors import QtuneError
 from ..quant import QuantLinear
 from ..safe_io import replacing, write_json
+from ..version import version
 from ..vocabulary import Built, Token, build_rows, install_rows, rows_of
 from .base import Adapted, Adapter, AdapterSpec, Start
 from .mixture import packed_layers
@@ -61,7 +61,7 @@ def save_adapter(
     content = safetensors.torch.save(tensors, {"format": "pt"})
     info = {
         "format": FORMAT,
-        "qtune": __version__,
+        "qtune": version(),
         "adapter": spec.to_dict(),
         "base": dict(base_info),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..errors import QtuneError
 from ..screen import Screen
+from ..version import version_of
 from .encode import Coded, Encoder
 from .formats import Reading
 from .records import PLAIN, SHOWN_FAULTS, Record
@@ -174,7 +174,7 @@ def _place(origin: Origin, reading: Reading, encoder: Encoder) -> Path | None:
         "day": datetime.date.today().isoformat() if has_dates else None,
         "tokenizer": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": [type(tokenizer).__name__, tokenizer.eos_token_id, tokenizer.special_tokens_map],
-        "versions": [version("transformers"), version("tokenizers")],
+        "versions": [version_of("transformers"), version_of("tokenizers")],
     }
     text = json.dumps(what, sort_keys=True, default=str)
     return cache_folder() / f"{hashlib.blake2b(text.encode(), digest_size=DIGEST).hexdigest()}.safetensors"

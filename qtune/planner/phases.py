@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..adapters import METHODS, adapted_sites
 from ..adapters.files import FORMAT, adapter_tensors, describe_tokens
 from ..checkpoint import NAMES, Entry
@@ -27,6 +26,7 @@ from ..memory.cuda import pinned_bytes
 from ..optim import optimizer_of
 from ..screen import size
 from ..verify import in_dtype
+from ..version import version
 from .allocator import peak_allocated
 from .layers import cut, pattern
 from .load_trace import Loading, loading_of, streams, tracer_of
@@ -209,7 +209,7 @@ def _info_bytes(plan: Plan, whole: nn.Module, kept: int = 0) -> int:
     bound = METHODS[recipe.adapter.method].bound
     started = {} if bound is None else {"start": start}
     info = {
-        "format": FORMAT, "qtune": __version__, "adapter": recipe.adapter.to_dict(),
+        "format": FORMAT, "qtune": version(), "adapter": recipe.adapter.to_dict(),
         "base": {"model": recipe.model, "scheme": recipe.scheme.to_dict(), "dtype": recipe.dtype, "step": 0},
         "parameters": plan.trained, "bytes": 0, "sha256": digest, "kept": kept,
         "first": None if bound is None else digest,

@@ -18,11 +18,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..errors import QtuneError
 from ..safe_io import write_json
+from ..version import version_of
 from .devices import Device
 
 LIBRARIES = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "accelerate")
@@ -59,7 +59,7 @@ def host_runtime() -> Runtime:
         "machine": [platform.platform(), platform.processor(), os.cpu_count()],
         "threads": torch.get_num_threads(),
         "kernels": os.environ.get("QTUNE_KERNELS", ""),
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: version_of(name) for name in LIBRARIES},
         "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }
     text = json.dumps(key, sort_keys=True)
@@ -78,13 +78,6 @@ def host_runtime() -> Runtime:
         with suppress(QtuneError):  # a cache that cannot be written costs time, no more
             write_json(path, {"key": text, "nbytes": nbytes})
     return Runtime(nbytes, why)
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def _measured(threads: int) -> tuple[int, str]:

@@ -14,9 +14,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .. import __version__
 from ..safe_io import write_text
 from ..screen import size
+from ..version import version
 from . import curves, facts
 from .advice import advise
 from .curves import SMALL, TALL, WIDE, Line, draw, smooth
@@ -49,7 +49,7 @@ def page(run: Reading) -> str:
 def render(template: str, **values: Any) -> str:
     """A template of this folder with these values."""
     style = Markup((FOLDER / "style.css").read_text("utf-8"))
-    return _templates().get_template(template).render(style=style, version=__version__, **values)
+    return _templates().get_template(template).render(style=style, version=version(), **values)
 
 
 @cache

@@ -13,14 +13,12 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import __version__
 from ..adapters import adapted_sites
 from ..data import Example
 from ..errors import QtuneError
@@ -31,6 +29,7 @@ from ..resume import data_digest
 from ..runs import pick_device
 from ..safe_io import write_json
 from ..screen import Screen, size
+from ..version import version, version_of
 from .advice import Watch
 from .page import PAGE, write_page
 from .read import FORMAT, RUN, read_record, read_run
@@ -200,12 +199,8 @@ def command(argv: Sequence[str]) -> str:
 
 def versions() -> dict[str, str]:
     """Name -> version of what computes; packages that are not installed are left out."""
-    found = {"qtune": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found = {"qtune": version(), "python": platform.python_version()}
+    found |= {name: there for name in PACKAGES if (there := version_of(name))}
     if torch.version.cuda:
         found["CUDA"] = torch.version.cuda
     return found
