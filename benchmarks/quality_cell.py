@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from cells import TEXT
 from measure import PeakMemory, status
 from quality import (
     BATCH,
@@ -30,7 +31,6 @@ from quality import (
     SCHEMES,
     STEPS,
     TASK_BATCH,
-    TEXT,
     WINDOW,
     Book,
     Cell,
