@@ -9,6 +9,7 @@ as well. A row is found by the slope of two plans and then planned itself. Nothi
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -41,7 +42,11 @@ MEASURED = re.compile(r"(?m)^# plan: .*\n(#   .*\n)*")
 
 
 def main() -> None:
-    if sys.argv[1:] != ["--recipes"]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--recipes", action="store_true", help="write configs/cards/ only, from the rows that are there"
+    )
+    if not parser.parse_args().recipes:
         rows = []
         for card in CARDS:
             for model in MODELS:

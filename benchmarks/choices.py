@@ -10,6 +10,7 @@ planner. Nothing is measured on a card.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -32,6 +33,7 @@ SHAPE = {"train.micro_batch": 1, "data.max_length": 2048}
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     where = {"command": "python benchmarks/choices.py", "device": "plan", **machine()}
     cases = [("method", name, {"adapter": name, "scheme": scheme_for(name)}) for name in sorted(METHODS)]
     cases += [("scheme", name, {"scheme": name}) for name in sorted(SCHEMES)]

@@ -6,6 +6,7 @@ Fetching is not timed apart: the model and the task lie in FOLDER (default: demo
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
@@ -19,7 +20,9 @@ RESULTS = Path(__file__).parent / "results" / "demo.json"
 
 
 def main() -> None:
-    folder = sys.argv[1] if len(sys.argv) > 1 else "demo"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", nargs="?", default="demo", help="where the demo lies or goes (default: demo)")
+    folder = parser.parse_args().folder
     start = time.perf_counter()
     command = [sys.executable, "-m", "qtune", "demo", "--out", folder, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

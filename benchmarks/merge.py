@@ -8,6 +8,7 @@ error: ||merged - (base + change)|| / ||change||.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ SIZE, RANK, SHARES = 1024, 16, (0.003, 0.01, 0.03, 0.1)
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     generator = torch.Generator().manual_seed(0)
     scheme = NF4()
 

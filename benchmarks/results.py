@@ -6,6 +6,7 @@ python benchmarks/results.py           rewrites what stands between `<!-- NAME -
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -609,6 +610,7 @@ def has_results(name: str) -> bool:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     texts = {page: page.read_text("utf-8") for page in pages()}
     for name in TABLES:
         if not has_results(name):
