@@ -2,11 +2,13 @@
 
     python benchmarks/combine.py [--folder demo] [--smoke]     adds to benchmarks/results/combine.jsonl
 SmolLM2-135M on nf4, LoRA of rank 16 on every linear layer. Tasks: the demo's headlines (satire or news) and QuaRTz
-(which of two), 2,000 examples and 250 held out of each. A row for the base, for each run, for one run on both tasks
-(what joint training gives), and for each way; rows that are there are not made again. LoraHub searches on 64 training
-examples of each task. Memory: a Llama of 1B's shape with random weights and two random adapters of rank 16 on all
-linear layers, each step in a process of its own: peak anonymous memory beside the bound of loading it (the packed
-model, the adapter, two of the largest tensors). `--smoke`: few steps, 2 layers, into a file that is not kept.
+(which of two), 1,000 examples and 250 held out of each. A row for the base, for each run, for one run on both tasks
+(what joint training gives), for each way to make one of them, and for both beside one another: the sum, the strongest
+parts of it, and the one that the prompt chooses. Rows that are there are not made again. LoraHub searches on 64
+training examples of each task, parts that are fixed are those that 16 of each move most. Memory: a Llama of 1B's shape
+with random weights and two random adapters of rank 16 on all linear layers, each step in a process of its own: peak
+anonymous memory beside the bound of loading it (the packed model, the adapter, two of the largest tensors). `--smoke`:
+few steps, 2 layers, into a file that is not kept.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from results import FOLDER
 
 RESULTS = FOLDER / "combine.jsonl"
 TASKS = {"headlines": ("train.jsonl", "eval.jsonl"), "quartz": ("quartz-train.jsonl", "quartz-eval.jsonl")}
-QUARTZ, TRAIN, HELD_OUT = "evals/registry/data/quartz/samples.jsonl", 2000, 250
-SEARCHED = 64  # examples of each task that LoraHub takes the loss of
-RANK = 16
+QUARTZ, TRAIN, HELD_OUT = "evals/registry/data/quartz/samples.jsonl", 1000, 250
+SEARCHED, LOOKED_AT = 64, 16  # examples of each task that LoraHub takes the loss of; that fixed parts are chosen by
+RANK, LENGTH = 16, 128
 WAYS: dict[str, dict[str, Any]] = {
     "concat, 0.5 each": {"how": "concat"},
     "concat, 1 each": {"how": "concat", "weights": (1.0, 1.0)},
@@ -43,6 +45,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "regmean": {"how": "regmean"},
     "lorahub": {"how": "lorahub"},
 }
+# both beside one another -> weight of each, how many rank-one parts are kept, and whether the same for all tokens
+BESIDE: dict[str, tuple[float, int | None, bool]] = {
+    "parts, 16 a token, 1 each": (1.0, RANK, False),
+    "parts, 16 for all, 1 each": (1.0, RANK, True),
+    "parts, 16 a token, 0.5 each": (0.5, RANK, False),
+}
+ROUTED = "the prompt chooses"
 STEPS_OF_MEMORY = ("concat", "svd", "ties", "dare", "load", "write merged")  # the last two read what concat wrote
 
 
@@ -91,7 +100,7 @@ class Tasks:
                 "model": str(self.folder / "model" / MODEL_FILE), "dtype": "bfloat16", "output": str(out),
                 "scheme": {"name": "nf4", "block": 64},
                 "adapter": {"method": "lora", "rank": RANK, "alpha": 2.0 * RANK},
-                "data": {"train": [{"file": str(file)} for file in files], "max_length": 128},
+                "data": {"train": [{"file": str(file)} for file in files], "max_length": LENGTH},
                 "train": {"micro_batch": 8, "lr": 2.5e-4, "schedule": "linear", "warmup": 0.05, "checkpointing": False,
                           "samples": 0, "report": False, **length},
             }), overwrite=True)  # fmt: skip
@@ -99,7 +108,7 @@ class Tasks:
 
     def all(self) -> None:
         """Every row that is missing."""
-        files = {name: self.folder / train for name, (train, _) in TASKS.items()}
+        files = {name: self.training(name) for name in TASKS}
         runs = [self.train(name, [file]) for name, file in files.items()]
         self.row("base", lambda: (runs[0], {}), enabled=False)
         for name, run in zip(TASKS, runs, strict=True):
@@ -107,6 +116,18 @@ class Tasks:
         self.row("one run on both", lambda: (self.train("both", list(files.values())), {}))
         for way, options in WAYS.items():
             self.row(way, lambda options=options: self.combined(runs, dict(options)))  # type: ignore[misc]
+        for way in (*BESIDE, ROUTED):
+            if self.book.find(self.key(way)) is None:
+                print(f"{way} ...", file=sys.stderr, flush=True)
+                self.book.add(self.key(way), {"tasks": self.beside(way, dict(zip(TASKS, runs, strict=True)))})
+
+    def training(self, task: str) -> Path:
+        """The examples of a task that are trained on."""
+        lines = (self.folder / TASKS[task][0]).read_text("utf-8").splitlines()[:TRAIN]
+        out = self.runs / f"{task}-train.jsonl"
+        out.parent.mkdir(exist_ok=True)
+        out.write_text("\n".join(lines) + "\n", "utf-8")
+        return out
 
     def combined(self, runs: list[Path], options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
         """A combined run, and what is recorded of it."""
@@ -114,7 +135,7 @@ class Tasks:
 
         if options["how"] == "lorahub":
             searched = self.runs / "searched.jsonl"
-            lines = [(self.folder / train).read_text().splitlines()[:SEARCHED] for train, _ in TASKS.values()]
+            lines = [self.training(task).read_text("utf-8").splitlines()[:SEARCHED] for task in TASKS]
             searched.write_text("\n".join(line for some in lines for line in some) + "\n")
             options |= {"data": str(searched), **({"trials": 2} if self.smoke else {})}
         out = Path(tempfile.mkdtemp(dir=self.runs))
@@ -123,6 +144,44 @@ class Tasks:
         seconds = time.perf_counter() - begun
         about = {"weights": made.about["weights"], "density": made.about["density"]}
         return made.out, {"made_rank": made.rank, "lost": made.lost, "seconds": seconds, **about}
+
+    def beside(self, way: str, runs: dict[str, Path]) -> dict[str, Any]:
+        """Loss and accuracy on each task with both adapters on one base."""
+        import torch
+
+        import qtune
+        from qtune.data import load_data
+        from qtune.routing import prompt_of
+        from qtune.screen import Screen
+        from qtune.step import LanguageModel
+        from qtune.together import open_together
+
+        opened, adapters = open_together(runs, Screen(quiet=True))
+        language = LanguageModel(opened.model)
+        most = 16 if self.smoke else None
+
+        def examples(file: Path, count: int | None) -> Any:
+            found = load_data(file, opened.tokenizer, max_length=LENGTH)[0][:count]
+            language.choose_attention(max(len(example.input_ids) for example in found))
+            return found
+
+        held_out = {task: examples(self.folder / file, most) for task, (_, file) in TASKS.items()}
+        if way == ROUTED:
+            router, found = qtune.load_router(adapters), {}
+            for task, those in held_out.items():
+                chosen = router.choose([prompt_of(example) for example in those])
+                parts = []
+                for name in dict.fromkeys(chosen):
+                    adapters.use(name)
+                    own = [example for example, other in zip(those, chosen, strict=True) if other == name]
+                    parts.append(evaluated(language, own))
+                found[task] = {"chosen": {name: chosen.count(name) for name in runs}, **joined(parts)}
+            return found
+        weight, count, fixed = BESIDE[way]
+        looked = [e for task in TASKS for e in examples(self.training(task), LOOKED_AT)] if fixed else []
+        sample = [torch.tensor([example.input_ids]) for example in looked]
+        adapters.select(dict.fromkeys(runs, weight), count, sample=sample or None)
+        return {task: evaluated(language, those) for task, those in held_out.items()}
 
     def row(self, way: str, make: Any, *, enabled: bool = True) -> None:
         """Make and measure, unless the row is there. What was combined goes again."""
@@ -140,13 +199,11 @@ class Tasks:
 
 
 def losses(
-    run: Path, files: dict[str, Path], *, enabled: bool = True, length: int = 128, most: int | None = None
+    run: Path, files: dict[str, Path], *, enabled: bool = True, length: int = LENGTH, most: int | None = None
 ) -> dict[str, Any]:
     """Loss and accuracy of a run, or of its base, on each of these files: on all examples or the first `most`."""
     from qtune.adapters import enable_adapters
-    from qtune.batches import Capacity
     from qtune.data import load_data
-    from qtune.evaluate import evaluate
     from qtune.runs import open_run
     from qtune.screen import Screen
     from qtune.step import LanguageModel
@@ -159,8 +216,25 @@ def losses(
         examples, _ = load_data(file, opened.tokenizer, max_length=length)
         examples = examples[:most]
         language.choose_attention(max(len(example.input_ids) for example in examples))
-        found[name] = evaluate(language, examples, capacity=Capacity(8)).to_dict()
+        found[name] = evaluated(language, examples)
     return found
+
+
+def evaluated(language: Any, examples: Any) -> dict[str, Any]:
+    """Loss and accuracy on examples."""
+    from qtune.batches import Capacity
+    from qtune.evaluate import evaluate
+
+    return evaluate(language, examples, capacity=Capacity(8)).to_dict()
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Loss and accuracy of several sets of examples as one."""
+    tokens, examples = (sum(part[key] for part in parts) for key in ("eval_tokens", "eval_examples"))
+    return {
+        "eval_loss": sum(part["eval_loss"] * part["eval_tokens"] for part in parts) / tokens,
+        "accuracy": sum(part["accuracy"] * part["eval_examples"] for part in parts) / examples,
+    }
 
 
 # ---- memory
