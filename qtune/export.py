@@ -92,29 +92,37 @@ def merge(
     return verified_as(out, lambda partial_out: _merge(run, out, partial_out, dtype, keep_base, screen))
 
 
-def verified_as(out: Path, write_to: Callable[[Path], MergeReport]) -> MergeReport:
-    """Write a checkpoint beside `out`, and give it that name if it is verified."""
+def verified_as(out: Path, write_to: Callable[[Path], MergeReport], *, otherwise: str = "") -> MergeReport:
+    """Write a checkpoint, a folder or a file, beside `out`, and give it that name if it is verified. otherwise: what to
+    do if it is not."""
     partial_out = out.with_name(out.name + ".unverified")
-    if partial_out.exists():
-        shutil.rmtree(partial_out)
+    _remove(partial_out)
     try:
         report = write_to(partial_out)
-    except OSError as error:
-        shutil.rmtree(partial_out, ignore_errors=True)
-        raise QtuneError("Q901", f"cannot write {partial_out}: {error}") from error
-    except BaseException:
-        shutil.rmtree(partial_out, ignore_errors=True)
+    except BaseException as error:
+        with suppress(OSError):
+            _remove(partial_out)
+        if isinstance(error, OSError):
+            raise QtuneError("Q901", f"cannot write {partial_out}: {error}") from error
         raise
     if not report.verification.passed:
-        lines = "\n".join(report.verification.lines())
+        lines = "\n".join([*report.verification.lines(), *([otherwise] if otherwise else [])])
         raise QtuneError("Q803", f"the merged checkpoint failed its verification and stays in {partial_out}:\n{lines}")
     try:
-        if out.exists():
+        if out.is_dir():
             shutil.rmtree(out)
-        partial_out.rename(out)
+        partial_out.replace(out)
     except OSError as error:
         raise QtuneError("Q901", f"{partial_out} is verified but cannot take the name {out}: {error}") from error
     return report
+
+
+def _remove(path: Path) -> None:
+    """A folder or a file, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _merge(run: Run, out: Path, partial_out: Path, dtype: str, keep_base: str, screen: Screen) -> MergeReport:

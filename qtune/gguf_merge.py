@@ -7,16 +7,15 @@ against base + adapter on real prompts.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapters import adapted_sites
+from .adapters import Adapted, adapted_sites
 from .errors import QtuneError, one_of
-from .export import MergeReport, merged_entries, prompts_of
+from .export import MergeReport, merged_entries, prompts_of, verified_as
 from .gguf import write
 from .memory.layers import device_of
 from .model import load
@@ -26,7 +25,7 @@ from .model.source import open_source, read_gguf
 from .quant import Dense
 from .runs import Run
 from .screen import Screen
-from .verify import PROBES, Reference, Verification, compared, in_dtype, layer_error, logits_of
+from .verify import Reference, Verification, compared, in_dtype, layer_error, logits_of, worst_layer
 
 ROUNDED = {"f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.bfloat16}
 WIDER = {"q8_0": 4.0}  # half a step of 8 bits is about so much more than bf16's rounding: max / 254 against w / 512
@@ -60,27 +59,16 @@ def merge_gguf(
     reference = Reference.of(model, prompts, ROUNDED[kind])
     reference = Reference(prompts, reference.logits, reference.wander * WIDER.get(kind, 1.0))
     fields = header(model, source, run.tokenizer, run.folder.resolve().name, kind)
-    partial = out.with_name(out.name + ".unverified")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
+
+    def write_to(partial: Path) -> MergeReport:
+        out.parent.mkdir(parents=True, exist_ok=True)
         made = list(tensors(model, source, merged_entries(model, torch.float32)))
         with screen.bar("merging", 1) as advance:
             nbytes = write(partial, fields, made, kind)
             advance(1)
-        verification = _verify(run, partial, reference, kind)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise QtuneError("Q901", f"cannot write {partial}: {error}") from error
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
-    if not verification.passed:
-        lines = "\n".join(verification.lines())
-        raise QtuneError("Q803", f"the GGUF file failed its verification and stays as {partial}; {ELSE}:\n{lines}")
-    partial.replace(out)
-    return MergeReport(out, kind, "trained", nbytes, verification)
+        return MergeReport(out, kind, "trained", nbytes, _verify(run, partial, reference, kind))
+
+    return verified_as(out, write_to, otherwise=ELSE)
 
 
 def _verify(run: Run, path: Path, reference: Reference, kind: str) -> Verification:
@@ -96,21 +84,18 @@ def _verify(run: Run, path: Path, reference: Reference, kind: str) -> Verificati
     return compared(reference, logits, len(adapted_sites(run.model)), error, worst)
 
 
-@torch.no_grad()
 def _layers(model: Any, written: Any, kind: str) -> tuple[float, str]:
     """Largest error of a layer as a fraction of its bound, and which layer; NaN wins."""
-    sites, layers, generator = adapted_sites(model), packed_sites(written), torch.Generator().manual_seed(0)
-    worst, where = 0.0, next(iter(sites), "")
-    for name, site in sites.items():
+    layers = packed_sites(written)
+
+    def error(name: str, site: Adapted, x: Tensor) -> float:
         layer: Any = layers[name] if name in layers else written.get_submodule(name)  # a head is no packed layer
         weight: Tensor = layer.dequantize(torch.float32).cpu() if name in layers else layer.weight.float().cpu()
         bias = None if layer.bias is None else layer.bias.float().cpu()
-        x = torch.randn(PROBES, layer.in_features, generator=generator)
         moved = _half_steps(weight) if kind == "q8_0" else None
-        error = layer_error(site, weight, bias, x, ROUNDED[kind], moved)
-        if not error <= worst:
-            worst, where = error, name
-    return worst, where
+        return layer_error(site, weight, bias, x, ROUNDED[kind], moved)
+
+    return worst_layer(adapted_sites(model), error)
 
 
 def _half_steps(weight: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import METHODS, adapted_sites
+from .adapters import METHODS, Adapted, adapted_sites
 from .adapters.sites import enable_adapters, place
 from .card import model_card
 from .errors import QtuneError, one_of
@@ -41,7 +41,7 @@ from .runs import Run, calibration_text, licences
 from .safe_io import write_text
 from .screen import Screen
 from .sections import entries
-from .verify import PROBES, Reference, Verification, compared, in_dtype, layer_error, logits_of
+from .verify import Reference, Verification, compared, in_dtype, layer_error, logits_of, worst_layer
 
 ROUNDED = torch.bfloat16  # the dtype whose rounding of W bounds what a layer's exact parts may be off
 LEAST = 0.5  # share of what was learned that packing must leave, unless told so
@@ -135,25 +135,23 @@ def _write_exact(run: Run, out: Path, folder: Path, screen: Screen) -> MergeRepo
     return _report(run, out, folder, compared(reference, logits, layers, error, worst), [])
 
 
-@torch.no_grad()
 def _merge_sites(run: Run, screen: Screen) -> tuple[float, str]:
     """Put what each adapter learned into its base, which takes the adapter's place. Returns the largest error of a
     layer as a fraction of its bound, and which layer; NaN wins."""
-    sites, generator = adapted_sites(run.model), torch.Generator().manual_seed(0)
-    worst, where = 0.0, next(iter(sites), "")
+    sites = adapted_sites(run.model)
     with screen.bar("merging", len(sites)) as advance:
-        for name, site in sites.items():
+
+        def merge_one(name: str, site: Adapted, x: Tensor) -> float:
             merged: QuantLinear = deepcopy(site.base)
             if not site.adapter.merge_into(merged):
                 raise QtuneError("Q801", f"{name}: what was learned cannot be said by the parts of {merged.scheme}")
-            x = torch.randn(PROBES, merged.in_features, generator=generator)
             bias = None if merged.bias is None else merged.bias.float().cpu()
             error = layer_error(site, merged.dequantize(torch.float32).cpu(), bias, x, ROUNDED)
-            if not error <= worst:
-                worst, where = error, name
             place(run.model, name, merged)  # type: ignore[arg-type]
             advance(1)
-    return worst, where
+            return error
+
+        return worst_layer(sites, merge_one)
 
 
 # ---- packed again

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,19 +158,27 @@ def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in rows]
 
 
-@torch.no_grad()
 def check_layers(sites: dict[str, Adapted], folder: Path, dtype: torch.dtype) -> tuple[float, str]:
     """Largest error of a written layer as a fraction of its bound, and which layer; NaN wins."""
     written = _Written(folder, dtype)
+
+    def error(name: str, site: Adapted, x: Tensor) -> float:
+        weight = written(f"{name}.weight")
+        bias = None if site.base.bias is None else written(f"{name}.bias")
+        return layer_error(site, weight.T if site.base.conv1d else weight, bias, x, dtype)
+
+    return worst_layer(sites, error)
+
+
+@torch.no_grad()
+def worst_layer(sites: dict[str, Adapted], error: Callable[[str, Adapted, Tensor], float]) -> tuple[float, str]:
+    """The largest error(name, site, x) of all sites, and which; NaN wins. x: random inputs [PROBES, in], fp32."""
     generator = torch.Generator().manual_seed(0)
     worst, where = 0.0, next(iter(sites), "")
     for name, site in sites.items():
-        weight = written(f"{name}.weight")
-        bias = None if site.base.bias is None else written(f"{name}.bias")
-        x = torch.randn(PROBES, site.base.in_features, generator=generator)
-        error = layer_error(site, weight.T if site.base.conv1d else weight, bias, x, dtype)
-        if not error <= worst:
-            worst, where = error, name
+        found = error(name, site, torch.randn(PROBES, site.base.in_features, generator=generator))
+        if not found <= worst:
+            worst, where = found, name
     return worst, where
 
 
