@@ -5,6 +5,11 @@ Each chunk's gradient is taken in the forward pass, in the place of its logits, 
 is kept (Liger and Apple's CCE do likewise on GPUs). Positions that are not trained are dropped before the head.
 `transform` is what a model's own forward does to its logits (Gemma's soft-capping ...). Label smoothing and z-loss are
 of the transformed logits (ops/loss.py has the equations).
+
+With hidden states of another pass over the same tokens, in which something else was left out by chance, at each
+position  consistency (KL(p || q) + KL(q || p)) / 2  is added: p of this pass, q of the other, which is not
+differentiated. R-Drop's divergence (Wu et al., 2106.14448), one of the two passes in the backward as in HiddenKey (Wang
+et al., 2403.00812, section 6).
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from .sections import MemoryKeys, TrainKeys
 
 IGNORED = -100  # the label of a position that is not trained (torch's and transformers' default)
 CHUNK_ELEMENTS = 1 << 24  # logits of one chunk: 64 MiB in fp32
+TILE_ELEMENTS = 1 << 20  # logits of which a divergence is taken at a time
 ON_GPU = 512  # positions: with fewer, a GPU reads the head's weights longer than it multiplies with them
 
 Transform = Callable[[Tensor], Tensor]
@@ -30,12 +36,13 @@ Transform = Callable[[Tensor], Tensor]
 class LossOptions:
     """chunk: positions whose logits are made at a time; None: by the vocabulary, at least `least`. label_smoothing: the
     part of each target that is spread evenly over the vocabulary. z_loss: times log(sum(exp(logits)))^2 is added at
-    each trained position.
+    each trained position. consistency: times the divergence from another pass likewise.
     """
 
     chunk: int | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    consistency: float = 0.0
     least: int = 16
 
     def plain(self) -> LossOptions:
@@ -50,16 +57,17 @@ class LossOptions:
 def loss_options(train: TrainKeys, memory: MemoryKeys, kind: str) -> LossOptions:
     """What a recipe says of the loss. kind: of the device that computes."""
     least = ON_GPU if kind == "cuda" else LossOptions.least
-    return LossOptions(memory.loss_chunk, train.label_smoothing, train.z_loss, least)
+    return LossOptions(memory.loss_chunk, train.label_smoothing, train.z_loss, train.consistency, least)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """hidden [tokens, hidden], labels [tokens] -> summed loss, fp32 scalar."""
+    """hidden [tokens, hidden], of another pass likewise or None, labels [tokens] -> summed loss, fp32 scalar."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
+        other: Tensor | None,
         labels: Tensor,
         head: nn.Module,
         transform: Transform,
@@ -74,10 +82,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 part = hidden[start : start + chunk].detach().requires_grad_()
                 logits = transform(head(part))
+                theirs = None
+                if other is not None:
+                    with torch.no_grad():
+                        theirs = transform(head(other[start : start + chunk]))
+                    total += options.consistency * divergence_(logits.detach(), theirs)
                 # autograd counts the write: a transform or a head whose backward needs the logits that were would be
                 # refused, not wrong
                 rest = options.label_smoothing, options.z_loss, True
                 total += torch.ops.qtune.cross_entropy_(logits.detach(), labels[start : start + chunk], *rest).sum()
+                if theirs is not None:
+                    logits.detach().add_(theirs, alpha=options.consistency)
+                    del theirs
                 grads = torch.autograd.grad(logits, (part, *trained), logits.detach(), allow_unused=True)
             grad[start : start + chunk] = grads[0]
             for into, g in zip(sums, grads[1:], strict=True):
@@ -89,7 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad, *sums = ctx.saved_tensors
-        return (grad * upstream, *[None] * 5, *(s * upstream for s in sums))
+        return (grad * upstream, *[None] * 6, *(s * upstream for s in sums))
 
 
 def cross_entropy_sum(
@@ -99,20 +115,41 @@ def cross_entropy_sum(
     vocabulary: int,
     transform: Transform,
     options: LossOptions = LossOptions(),
+    other: Tensor | None = None,
 ) -> Tensor:
     """Summed next-token loss: hidden [batch, seq, hidden] at position t predicts labels [batch, seq] at t+1; -100 is
-    not trained. Without gradients the logits are read once and not written."""
+    not trained. other: hidden states of another pass, for options.consistency. Without gradients the logits are read
+    once and not written."""
     target = labels[:, 1:].reshape(-1)
     kept = target != IGNORED
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
+    other = None if other is None else other[:, :-1].reshape(-1, other.shape[-1])[kept]
     target = target[kept]
     chunk = options.rows(vocabulary)
     if torch.is_grad_enabled():
         trained = [p for p in head.parameters() if p.requires_grad]
-        return _ChunkedCrossEntropy.apply(hidden, target, head, transform, chunk, options, *trained)
+        return _ChunkedCrossEntropy.apply(hidden, other, target, head, transform, chunk, options, *trained)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for losses in chunked_losses(hidden, target, head, transform, chunk, options):
         total += losses.sum()
+    return total
+
+
+def divergence_(logits: Tensor, other: Tensor) -> Tensor:
+    """logits of p, other of q [rows, vocabulary] -> sum of (KL(p || q) + KL(q || p)) / 2 over the rows, fp32 scalar;
+    `other` becomes its gradient with regard to `logits`. Arithmetic in fp32."""
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    step = max(1, TILE_ELEMENTS // logits.shape[1])
+    for start in range(0, logits.shape[0], step):
+        part = slice(start, start + step)
+        ratio = logits[part].log_softmax(1, torch.float32)
+        p = ratio.exp()
+        q = other[part].log_softmax(1, torch.float32)
+        ratio -= q
+        q.exp_()
+        there = (p * ratio).sum(1, keepdim=True)
+        total += (there.sum() - (q * ratio).sum()) / 2
+        other[part] = ratio.sub_(there).add_(1).mul_(p).sub_(q).div_(2)
     return total
 
 

@@ -358,14 +358,7 @@ class _Reader:
                     f"train.{name} is {str(given).lower()}, but train.eval_every is null: there is {what}; "
                     f"legal: {'false' if given is True else 'null'}, or give train.eval_every"
                 )
-        if train.optimizer == "adafactor" and train.betas is not None:
-            self.faults.append(f"train.betas is {list(train.betas)}, which adafactor has not; legal: null")
-        for name, given, only in (("accumulate", train.accumulate, 1), ("clip", train.clip, None)):
-            if train.update_in_backward and given != only:
-                self.faults.append(
-                    f"train.{name} is {given:g} with train.update_in_backward, when the whole gradient is never there; "
-                    f"legal: {shown(only)}"
-                )
+        self.faults += train.faults()
         return replace(train, epochs=1.0) if train.steps is None and train.epochs is None else train
 
     def _micro_batch(self, train: TrainKeys, length: int, given: dict[str, Any]) -> TrainKeys:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .keys import key
+from .keys import key, shown
 from .quant.calibrate import CODES
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
@@ -146,6 +146,18 @@ class TrainKeys:
         "number", "chance of each decoder layer to be left out of a backward pass (DropBP): less time; a plan counts a "
         "pass without", 0.0, low=0, below=1,
     )  # fmt: skip
+    drop_keys: float = key(
+        "number", "chance of each key to be hidden from all queries of its head (DropKey), in the upper half of the "
+        "layers; 0.01 to 0.2 against overfitting", 0.0, low=0, below=1,
+    )  # fmt: skip
+    drop_hidden: float = key(
+        "number", "chance of each value that an MLP gives to be zero (HiddenCut), in the upper half of the layers; "
+        "0.01 to 0.2 against overfitting", 0.0, low=0, below=1,
+    )  # fmt: skip
+    consistency: float = key(
+        "number", "with drop_keys or drop_hidden: a second forward pass, and times the divergence of the two is added "
+        "to the loss (HiddenKey); 0.01 to 10", 0.0, low=0,
+    )  # fmt: skip
     optimizer: str = key(
         "choice",
         "adamw; adamw8: two bytes of state a value; lion: one state, and wants a third to a tenth of adamw's lr; "
@@ -202,6 +214,24 @@ class TrainKeys:
         "flag", "before the first step, try the largest micro-batch of the data and forget it; null: on CUDA", None,
         null=True,
     )  # fmt: skip
+
+    def faults(self) -> list[str]:
+        """What is wrong with the learning itself, where each key alone is legal."""
+        found = []
+        if self.optimizer == "adafactor" and self.betas is not None:
+            found.append(f"train.betas is {list(self.betas)}, which adafactor has not; legal: null")
+        for name, given, only in (("accumulate", self.accumulate, 1), ("clip", self.clip, None)):
+            if self.update_in_backward and given != only:
+                found.append(
+                    f"train.{name} is {given:g} with train.update_in_backward, when the whole gradient is never there; "
+                    f"legal: {shown(only)}"
+                )
+        if self.consistency and not (self.drop_keys or self.drop_hidden):
+            found.append(
+                f"train.consistency is {self.consistency:g}, but both passes would be the same; legal: 0, or give "
+                "train.drop_keys or train.drop_hidden"
+            )
+        return found
 
 
 @dataclass(frozen=True)

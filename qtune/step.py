@@ -23,6 +23,7 @@ from .memory import keep_freed_memory, return_freed_memory
 from .memory.boundaries import Away, Boundaries, boundaries_of
 from .memory.layers import device_of, layers_of, leave_layers, run_layers
 from .memory.tiles import tile_mlps, whole_mlps
+from .model import dropping
 from .model.apart import keep_apart, positions, told
 from .model.fused import fuse, use_own_attention
 from .optim import Optimizer
@@ -90,14 +91,23 @@ class LanguageModel:
     def loss_sum(self, batch: BatchLike, *, plain: bool = False) -> Tensor:
         """Summed loss over the trained positions of a batch, fp32 scalar. plain: the likelihood alone, without label
         smoothing and z-loss, as evaluation reports it."""
-        hidden = self.hidden(batch.input_ids, batch.attention_mask, getattr(batch, "lengths", ()))
+        given = batch.input_ids, batch.attention_mask, getattr(batch, "lengths", ())
         options = self.loss.plain() if plain else self.loss
         vocabulary = self.config.get_text_config().vocab_size
-        return cross_entropy_sum(hidden, batch.labels, self.head, vocabulary, self.transform, options)
+        other = None
+        if options.consistency and torch.is_grad_enabled():
+            with torch.no_grad():  # other keys and values are left out, and nothing is kept
+                other = self.hidden(*given)
+        return cross_entropy_sum(
+            self.hidden(*given), batch.labels, self.head, vocabulary, self.transform, options, other
+        )  # fmt: skip
 
-    def choose_attention(self, longest: int, device: torch.device | None = None, *, packed: bool = False) -> str:
+    def choose_attention(
+        self, longest: int, device: torch.device | None = None, *, packed: bool = False, dropped: bool = False
+    ) -> str:
         """On a CPU: our kernel where it runs; else, where no sequence is longer than SHORT, plain products. device:
-        where the model will run, if it is not there yet. packed: rows may hold several examples.
+        where the model will run, if it is not there yet. packed: rows may hold several examples. dropped: keys will be
+        left out, which plain products, inside of a model, cannot.
 
         torch's fused CPU kernel has a slow backward, and for short sequences the scores that the plain form keeps are
         small. Returns what was chosen, in words; '' where the model keeps what it has.
@@ -109,7 +119,7 @@ class LanguageModel:
             return f"{'qtune' if own else 'torch'}'s kernel, on each example of a row by itself"
         if own:
             return "qtune's kernel"
-        if device.type != "cpu" or longest > SHORT:
+        if device.type != "cpu" or longest > SHORT or dropped:
             return ""
         self.model.set_attn_implementation("eager")
         return f"plain products, no example has more than {SHORT} tokens"
@@ -123,6 +133,7 @@ class LanguageModel:
         self.checkpointing(away if train.checkpointing else None)
         if train.drop_backward:
             self.drop_backward(train.drop_backward)
+        dropping.begin(self.model, train.drop_keys, train.drop_hidden)
         if memory.mlp_tile is not None and not tile_mlps(self.model, memory.mlp_tile):
             raise QtuneError(
                 "Q505",
@@ -135,6 +146,7 @@ class LanguageModel:
         if (layers := layers_of(self.model)) is not None:
             layers.drop = 0.0
         self.checkpointing(None)
+        dropping.end(self.model)
         whole_mlps(self.model)
 
     def drop_backward(self, chance: float) -> None:

@@ -249,7 +249,7 @@ def language_of(recipe: Recipe, model: Any, examples: Sequence[Example], screen:
     language = LanguageModel(model, loss_options(recipe.train, recipe.memory, device_of(model).type))
     language.check()
     longest = max(len(example.input_ids) for example in examples)
-    if chosen := language.choose_attention(longest, packed=recipe.train.packing):
+    if chosen := language.choose_attention(longest, packed=recipe.train.packing, dropped=bool(recipe.train.drop_keys)):
         screen.line(f"attention  {chosen}")
     if recipe.train.packing:
         language.check_apart()

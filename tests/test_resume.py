@@ -105,6 +105,7 @@ MORE = {
     "gptq": {"calibrate__codes": "gptq", "calibrate__length": 32, "calibrate__samples": 8, "scheme": "int3"},
     "mixture": {"family": "mixtral", "adapter": {"method": "lora", "rank": 2, "targets": ["*.experts.*"]}},
     "dropped layers": {"train__drop_backward": 0.5},
+    "hidden key": {"train__drop_keys": 0.2, "train__drop_hidden": 0.1, "train__consistency": 0.5},
     "skipping": {"poison": True, "train__max_skipped": 3},
     "packing": {"train__packing": True, "train__micro_batch": None, "train__micro_tokens": 60},
     "adamw": BF16 | {"train__epochs": 1.5, "train__steps": None, "train__accumulate": 3},

@@ -295,4 +295,8 @@ Q420 Adapters that cannot be used together as asked
 Several adapters are loaded, and what was asked for needs what one of them, or the batch, does not have: an adapter for
 each sample, parts of rank one, the tokenizer of all.
 > The message says what is legal there: one mixture for all samples, whole adapters, or one adapter alone.
+
+Q430 A dropout that this architecture does not allow
+The model computes its attention by itself, so that no key can be left out, or its layers have no MLP that qtune knows.
+> Set the key that the message names to 0; adapter.dropout works with every model.
 """

@@ -258,7 +258,9 @@ def batch_of(shape: Shape, vocabulary: int, device: torch.device) -> MetaBatch:
 def _steps(model: Any, recipe: Recipe, batches: Sequence[Any]) -> None:
     """The trainer's own steps; nothing of them is left but what the allocator keeps."""
     language = LanguageModel(model, loss_options(recipe.train, recipe.memory, device_of(model).type))
-    language.choose_attention(batches[0].input_ids.shape[1], packed=bool(batches[0].lengths))
+    language.choose_attention(
+        batches[0].input_ids.shape[1], packed=bool(batches[0].lengths), dropped=bool(recipe.train.drop_keys)
+    )
     whole = replace(recipe.train, drop_backward=0.0)  # as a plan's
     language.arrange(whole, recipe.memory, folder_of(recipe))
     model.train()

@@ -169,7 +169,9 @@ def language_of(
     """The model as the loader and the trainer would set it up on the device."""
     place(model, memory, device)
     language = LanguageModel(model, loss_options(keys, memory, device.kind))
-    language.choose_attention(batch.input_ids.shape[1], torch.device(device.kind), packed=bool(batch.lengths))
+    language.choose_attention(
+        batch.input_ids.shape[1], torch.device(device.kind), packed=bool(batch.lengths), dropped=bool(keys.drop_keys)
+    )
     language.arrange(keys, memory, Path(memory.folder or "."), device.kind)
     model.train()
     return language
