@@ -24,6 +24,7 @@ from qtune.loss import LossOptions, cross_entropy_sum, loss_options
 from qtune.model import apart, dropping, fused, load
 from qtune.model.layerwise import decoder_layers
 from qtune.model.skeleton import build
+from qtune.planner.plan import plan_recipe
 from qtune.planner.step_trace import MetaBatch, planned_trace, step_trace
 from qtune.quant import scheme_from
 from qtune.recipe import Recipe
@@ -250,3 +251,15 @@ def test_few_layers_extended_are_all_of_them(keys: dict[str, Any], device: Any) 
         lambda: made(layers=7), TrainKeys(**keys | {"consistency": 0.0}), MetaBatch.of(2, 48), device
     )
     assert extended.peak()[0] > plain.peak()[0]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_second_pass_takes_its_time(folder: Path, accumulate: int) -> None:
+    """With checkpointing a step is two forward passes and a backward of about two; one more is a fourth."""
+    tree = {"model": str(folder), "data": {"max_length": 64}}
+    given = [f"train.accumulate={accumulate}", "train.drop_hidden=0.1"]
+    plain, both = (
+        plan_recipe(Recipe.load(tree, [*given, *more], training=False), GPU).speed.seconds
+        for more in ([], ["train.consistency=1"])
+    )
+    assert 1.1 * plain < both < 1.5 * plain

@@ -35,7 +35,7 @@ from .roofline import Cost, Speed, estimate
 from .room import UNKNOWN, Room, Short
 from .runtime import host_runtime, process_bytes
 from .standins import Untraceable
-from .step_trace import STEPS, MetaBatch, planned_trace
+from .step_trace import MICRO_BATCHES, STEPS, MetaBatch, planned_trace
 from .trace import BEFORE, LOSS, UPDATE, Trace
 from .words import words_of
 
@@ -322,7 +322,7 @@ def planned(
         moment=moment_of(trace, event, model.config.get_text_config().num_hidden_layers),
         parameters=parameters_of(whole), trained=sum(p.numel() for p in whole.parameters() if p.requires_grad),
         speed=estimate(
-            costs_of(trace, STEPS, accumulate / (1 + max(segment.micro for segment in trace.segments))),
+            costs_of(trace, STEPS, accumulate / min(MICRO_BATCHES, accumulate)),
             device, shape.tokens * accumulate, recipe.train.steps, accumulate,
         ),
         notes=(
