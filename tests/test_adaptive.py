@@ -261,6 +261,46 @@ def test_layers_have_the_risen_rank(tmp_path: Path) -> None:
         AdapterSpec("prilora", (), {"spread": 1.0}).checked()
 
 
+def prila(tmp_path: Path, **options: Any) -> Training:
+    return Training(Case("prilora", "nf4", tmp_path).model(rank=8, **options), "prilora", 10, to_ones)
+
+
+def test_the_least_important_entries_are_pruned(tmp_path: Path) -> None:
+    """By |A| and the running mean of the inputs' norms, written out; at the steps that the period says."""
+    run, free = (prila(tmp_path, prune=prune, period=3, decay=0.8) for prune in (0.25, 0.0))
+    given: dict[str, list[Tensor]] = {name: [] for name in run.adapters}
+    for name, site in adapted_sites(run.model).items():
+        site.register_forward_pre_hook(lambda _, args, name=name: given[name].append(args[0].detach().double()))
+    run.run(3)
+    free.run(3)
+    for name, one in run.adapters.items():
+        norms = torch.zeros(one.A.shape[1], dtype=torch.float64)
+        for x in given[name]:
+            norms = 0.8 * norms + 0.2 * x.square().sum(0).sqrt()
+        torch.testing.assert_close(one.seen.double(), norms, rtol=1e-5, atol=1e-7)
+        whole = free.adapters[name].A.detach()
+        count = whole.shape[1] // 4
+        importance = whole.double().abs() * norms
+        expected = torch.where(importance > importance.sort(1).values[:, count - 1 : count], whole, 0.0)
+        assert torch.equal(one.A, expected) and (one.A == 0).sum(1).eq(count).all()
+    for step, pruned in ((4, False), (6, True), (9, True), (10, False)):
+        run.run(step)
+        assert all(bool((one.A == 0).any()) == pruned for one in run.adapters.values()), step
+    assert run.losses[-1] < run.losses[0]
+
+
+def test_a_skipped_step_counts_for_no_pruning(tmp_path: Path) -> None:
+    run, other = (prila(tmp_path, period=3) for _ in range(2))
+    run.run(2, skip=(2,))
+    other.run(1)
+    assert all(torch.equal(one.seen, other.adapters[name].seen) for name, one in run.adapters.items())
+
+
+def test_prilora_names_every_fault() -> None:
+    faults = "; ".join(AdapterSpec("prilora", (), {"prune": 1.0, "decay": -0.1, "period": 0}).faults())
+    assert all(f"adapter.{name} " in faults for name in ("prune", "decay", "period"))
+
+
 def test_gates_take_the_proximal_step(tmp_path: Path) -> None:
     run = Training(Case("sora", "nf4", tmp_path).model(rank=8, threshold=0.05), "sora", 40, to_ones)
     free = Training(Case("sora", "nf4", tmp_path).model(rank=8, threshold=0.0), "sora", 40, to_ones)
