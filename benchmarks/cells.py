@@ -22,17 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT_FILE, TEXT = "evals/registry/data/schelling_point/wikipedia_5.jsonl", "wikipedia.json"
 # what a figure hangs on besides the settings
 CODE = (
-    "adapters",
-    "model",
-    "ops",
-    "quant",
-    "starting.py",
-    "step.py",
-    "optim",
-    "loss.py",
-    "evaluate.py",
-    "tables.py",
-)
+    "adapters", "model", "ops", "quant", "optim", "starting.py", "step.py", "loss.py", "evaluate.py", "tables.py",
+)  # fmt: skip
 
 
 # ---- rows

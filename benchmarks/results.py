@@ -469,6 +469,21 @@ def packing_table(rows: list[dict[str, Any]]) -> list[str]:
     return table
 
 
+def dropping_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Steps that leave layers out of the backward, or drop keys and hidden values."""
+    table = [
+        "| step | checkpointing | ms, mean (steps: p20 to p80) | times the whole step | at least |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        least = "" if row["limit"] is None else f"{row['limit']:.2f}"
+        table.append(
+            f"| {row['way']} | {'yes' if row['checkpointing'] else 'no'} "
+            f"| {row['mean_ms']:,.0f} ({row['p20_ms']:,.0f} to {row['p80_ms']:,.0f}) | {row['ratio']:.2f} | {least} |"
+        )
+    return table
+
+
 def many_table(rows: list[dict[str, Any]]) -> list[str]:
     """Ways to use eight adapters, as multiples of the pass with one."""
     table = [
@@ -564,6 +579,7 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "choices-methods": choices_methods_table,
     "choices-schemes": choices_schemes_table,
     "packing": packing_table,
+    "dropping": dropping_table,
     "family": family_table,
     "forgetting": forgetting_table,
     "combine": combine_table,
