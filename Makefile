@@ -20,7 +20,7 @@ TESTS_READY := $(VENV)/.tests-ready
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench bench-quality bench-family bench-forgetting bench-7b bench-7b-stock docs docs-tables clean setup FORCE
+.PHONY: help demo test test-slow check bench bench-quality bench-family bench-tasks bench-7b bench-7b-stock docs docs-tables clean setup FORCE
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -39,10 +39,10 @@ check: setup ## lint (ruff) and type-check (mypy)
 	@$(PY) -m ruff check .; linted=$$?; $(PY) -m mypy && exit $$linted
 
 # what takes hours is a target of its own
-SLOW_BENCH := benchmarks/quality.py benchmarks/recipes.py benchmarks/seven_b.py benchmarks/family.py benchmarks/forgetting.py
+SLOW_BENCH := $(addprefix benchmarks/,quality.py recipes.py seven_b.py family.py combine.py forgetting.py)
 
-bench: setup ## run every benchmarks/*.py that takes minutes
-	@set -e; for script in $(filter-out $(SLOW_BENCH),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(PY) "$$script"; done
+bench: setup ## run every script in benchmarks/ that takes minutes
+	@set -e; for script in $(filter-out $(SLOW_BENCH),$(shell grep -l __main__ benchmarks/*.py)); do echo "== $$script"; $(PY) "$$script"; done
 
 bench-quality: setup ## measure the starts and the recipes of configs/methods/ (hours; goes on where it stopped)
 	@set -e; for script in benchmarks/quality.py benchmarks/recipes.py; do echo "== $$script"; $(PY) "$$script"; done
@@ -50,8 +50,8 @@ bench-quality: setup ## measure the starts and the recipes of configs/methods/ (
 bench-family: setup ## measure every method at the same number of trained values (hours; goes on where it stopped)
 	@$(PY) benchmarks/family.py $(ARGS)
 
-bench-forgetting: setup ## measure what three tasks learned one after another leave of each other (hours; goes on where it stopped)
-	@$(PY) benchmarks/forgetting.py $(ARGS)
+bench-tasks: setup ## measure adapters of several tasks, combined and one after another (hours; goes on where it stopped)
+	@set -e; for script in benchmarks/combine.py benchmarks/forgetting.py; do echo "== $$script"; $(PY) "$$script"; done
 
 bench-7b: setup ## train a 7B shape for two steps, weights resident and streamed: memory and time (20 minutes, 8 GB of disk)
 	@$(PY) benchmarks/seven_b.py $(ARGS)

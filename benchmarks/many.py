@@ -132,7 +132,7 @@ def peak(folder: Path, model: Path, way: str, length: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15, help="passes of each way that are counted")
+    parser.add_argument("--rounds", type=int, default=7, help="passes of each way that are counted")
     parser.add_argument("--length", type=int, nargs="*", default=LENGTHS, help="tokens of a sample")
     parser.add_argument("--folder", type=Path, help="where the demo's model lies or goes")
     parser.add_argument("--peak", nargs=2, metavar=("WAY", "LENGTH"), help=argparse.SUPPRESS)
