@@ -255,8 +255,8 @@ def names_of(architecture: str, layers: int) -> Callable[[str], str | None]:
 
 
 def write(path: Path, fields: Mapping[str, Field], tensors: Iterable[Made], kind: str) -> int:
-    """Write a GGUF file: matrices as `kind` (f16, bf16, q8_0), vectors as F32, as llama.cpp's converter does; rows that
-    are no whole blocks of q8_0 as F16. Returns the bytes of the tensors."""
+    """Write a GGUF file: matrices as `kind` (f32, f16, bf16, q8_0), vectors as F32, as llama.cpp's converter does; rows
+    that are no whole blocks of q8_0 as F16. Returns the bytes of the tensors."""
     package, types, made = _package(), {}, list(tensors)
     asked = package.GGMLQuantizationType[kind.upper()]
     block = package.GGML_QUANT_SIZES[asked][0]

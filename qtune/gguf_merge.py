@@ -27,7 +27,7 @@ from .runs import Run
 from .screen import Screen
 from .verify import Reference, Verification, compared, in_dtype, layer_error, logits_of, worst_layer
 
-ROUNDED = {"f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.bfloat16}
+ROUNDED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.bfloat16}
 WIDER = {"q8_0": 4.0}  # half a step of 8 bits is about so much more than bf16's rounding: max / 254 against w / 512
 UNSAID = ("rope_parameters", "head_dim", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step")
 """What transformers does not read of a GGUF header, and llama.cpp does or has fixed."""
@@ -46,7 +46,8 @@ def check_gguf(out: Path, kind: str, overwrite: bool) -> None:
 def merge_gguf(
     run: Run, out: Path, kind: str = "f16", *, screen: Screen | None = None, overwrite: bool = False
 ) -> MergeReport:
-    """Write base + adapter of a run to the GGUF file `out`, its matrices as `kind` (f16, bf16, q8_0), and verify it.
+    """Write base + adapter of a run to the GGUF file `out`, its matrices as `kind` (f32, f16, bf16, q8_0), and verify
+    it.
 
     Raises QtuneError for an architecture or a tokenizer that cannot be said, and where verification fails; the file
     stays as `<out>.unverified`.

@@ -92,10 +92,11 @@ def test_computes_what_was_trained(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found.read("rope_freqs.weight"), plain / rope.inv_freq)
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
 def test_types(kind: str, tmp_path: Path) -> None:
     run = finished(tmp_path, "qwen2")
-    merge_gguf(run, tmp_path / "out.gguf", kind, screen=QUIET)
+    report = merge_gguf(run, tmp_path / "out.gguf", kind, screen=QUIET)
+    assert report.verification.kl_max < {"f32": 1e-8, "f16": 1e-5, "q8_0": 1e-2}[kind]
     found = {e.kind for e in GGUF(tmp_path / "out.gguf").tensors.values() if len(e.shape) > 1}
     assert found == {int(gguf.GGMLQuantizationType[kind.upper()])}
     with pytest.raises(QtuneError, match="exists already"):

@@ -15,7 +15,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", metavar="DIR", help="folder to write, with --gguf a file; default: RUN/merged[.gguf]")
     parser.add_argument("--dtype", help="bfloat16 (default), float16 or float32")
-    parser.add_argument("--gguf", metavar="TYPE", help="write a GGUF file, its matrices as f16, bf16 or q8_0")
+    parser.add_argument("--gguf", metavar="TYPE", help="write a GGUF file, its matrices as f32, f16, bf16 or q8_0")
     parser.add_argument(
         "--keep", metavar="SCHEME", help="write a packed checkpoint, as large as the packed base: merged weights are "
         "packed as SCHEME (nf4, int8 ...); exact where the method merges into packed parts (qalora, its own scheme)",

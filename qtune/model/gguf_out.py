@@ -26,7 +26,7 @@ from .source import Source
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 """model_type -> GGUF's architecture."""
-KINDS = {"f16": 1, "bf16": 32, "q8_0": 7}  # type of the matrices -> general.file_type (gguf's LlamaFileType)
+KINDS = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # type of the matrices -> general.file_type (gguf's LlamaFileType)
 UINT, INT, FLOAT, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # types of values in the file
 NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # types of tokens
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
