@@ -64,7 +64,7 @@ docs: $(DOCS_READY) ## build the documentation into site/, to be read offline
 	@echo "open site/index.html; the search asks for a server: $(PY) -m http.server --directory site"
 
 docs-tables: setup ## write the tables of README.md and docs/ from benchmarks/results/
-	@$(PY) benchmarks/results.py
+	@$(PY) benchmarks/tables.py
 
 clean: ## remove what building and testing left behind (.venv and runs/ stay)
 	@rm -rf build dist site qtune.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -57,7 +57,7 @@ def main() -> None:
 
         where = {"command": "python benchmarks/cards.py", "device": "plan", **machine()}
         RESULTS.write_text("".join(json.dumps(row | where) + "\n" for row in rows))
-        print(f"wrote {RESULTS}; the README's table: python benchmarks/results.py")
+        print(f"wrote {RESULTS}; the README's table: python benchmarks/tables.py")
     for path in sorted(RECIPES.glob("*.yaml")):
         text = path.read_text()
         found = re.search(r"--device (\S+)(?: --budget (\S+))?", text)

@@ -42,7 +42,7 @@ def main() -> None:
         rows.append({"kind": kind, "name": name, **planned(change), **where})
         print(rows[-1]["kind"], name, rows[-1]["process"], file=sys.stderr, flush=True)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(f"wrote {RESULTS}; the tables: python benchmarks/results.py")
+    print(f"wrote {RESULTS}; the tables: python benchmarks/tables.py")
     explain()
 
 

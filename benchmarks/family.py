@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from cells import Rows, begin, cell_parser, each_apart, given, prepare, with_smoke
+from method_tables import PICTURE, family_points
 from quality import BATCH, LENGTH
-from results import FOLDER, family_points, read_rows
+from results import FOLDER, read_rows
 
 RESULTS = FOLDER / "family.jsonl"
-PICTURE = FOLDER.parent.parent / "docs" / "methods.svg"
 RANK, REFERENCE = 16, "lora"
 RATES = tuple(float(f"{mantissa}e{power}") for power in range(-5, 0) for mantissa in (1, 3))
 FIRST_RATE, JUDGED = 1e-3, 8  # where the climb begins, and the last steps of a pilot that count
@@ -226,7 +226,7 @@ def run(options: argparse.Namespace) -> None:
     finally:
         if not options.smoke and RESULTS.exists():
             picture(read_rows(RESULTS), PICTURE)
-            print(f"rows are in {RESULTS}; the table: python benchmarks/results.py")
+            print(f"rows are in {RESULTS}; the table: python benchmarks/tables.py")
 
 
 if __name__ == "__main__":

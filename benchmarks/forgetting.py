@@ -232,7 +232,7 @@ def run(options: argparse.Namespace) -> None:
     write_tasks(options.folder)
     each_apart(__file__, wanted, given(options), options.jobs)
     if not options.smoke:
-        print(f"rows are in {book.path}; the table: python benchmarks/results.py")
+        print(f"rows are in {book.path}; the table: python benchmarks/tables.py")
 
 
 if __name__ == "__main__":

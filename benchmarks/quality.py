@@ -179,7 +179,7 @@ def main() -> None:
         return print("\n".join(f"{'there  ' if book.done(cell) else 'missing'} {cell.label}" for cell in wanted))
     prepare(options.folder)
     each_apart(__file__, [cell.label for cell in wanted if not book.done(cell)], given(options), options.jobs)
-    print(f"rows are in {RESULTS}; the README's tables: python benchmarks/results.py")
+    print(f"rows are in {RESULTS}; the README's tables: python benchmarks/tables.py")
 
 
 if __name__ == "__main__":

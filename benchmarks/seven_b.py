@@ -73,7 +73,7 @@ def main() -> None:
         kept = [row for row in (read_rows(RESULTS) if RESULTS.exists() else []) if key(row) not in map(key, rows)]
         FOLDER.mkdir(exist_ok=True)
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *rows]))
-        print(f"wrote {RESULTS}; the README's table: python benchmarks/results.py")
+        print(f"wrote {RESULTS}; the README's table: python benchmarks/tables.py")
 
 
 def child(name: str, folder: Path, options: Any) -> Any:

@@ -254,13 +254,13 @@ def test_python_on_the_pages_names_what_is_there(pages: Pages) -> None:
 
 def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    results = importlib.import_module("results")
-    for page in results.pages():
+    tables = importlib.import_module("tables")
+    for page in tables.pages():
         text = page.read_text("utf-8")
         names = re.findall(r"^<!-- (?!end)([\w-]+) -->$", text, re.M)
-        assert set(names) <= set(results.TABLES), page
-        for name in filter(results.has_results, names):
-            assert results.filled(text, name) == text, f"{page.name}, {name}: run make docs-tables"
+        assert set(names) <= set(tables.TABLES), page
+        for name in filter(tables.has_results, names):
+            assert tables.filled(text, name) == text, f"{page.name}, {name}: run make docs-tables"
 
 
 def test_figures_stand_in_tables_alone(written: Pages) -> None:

@@ -107,8 +107,8 @@ def test_ranks_of_what_was_learned(family: ModuleType) -> None:
 
 
 def test_table_and_picture(family: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = importlib.import_module("results")
-    monkeypatch.setattr(results, "README", tmp_path / "README.md")
+    tables = importlib.import_module("method_tables")
+    monkeypatch.setattr(tables, "PICTURE", tmp_path / "docs" / "methods.svg")
     (tmp_path / "docs").mkdir()
     book = family.Book()
     ranks = {"effective": 7.25, "stable": 3.0, "numerical": 16.0, "size": 0.01}
@@ -120,9 +120,9 @@ def test_table_and_picture(family: ModuleType, tmp_path: Path, monkeypatch: pyte
         for seed in (0, 1):
             book.add(book.key(cell, "run", 1e-3, seed), {"perplexity": perplexity + seed, "ranks": ranks})
         book.add(book.key(cell, "cost", 1e-3, 0), {"times_lora": 1.25})
-    rows = results.read_rows(family.RESULTS)
+    rows = family.read_rows(family.RESULTS)
     family.picture(rows, tmp_path / "docs" / "methods.svg")
-    lines = results.family_table(rows)
+    lines = tables.family_table(rows)
     assert lines[0] == "On `nf4`:" and lines[-1] == "![Perplexity against bytes](methods.svg)"
     head, tail = "| `bhra` | rank 16 | 4,884,480 | 1.00 |", "1.25 | 24.50 (24.00 to 25.00) | 0.001 |"
     assert lines[4] == f"{head} 7.2, 3.0, 16.0 | 400.0, 401.0 | {tail}"

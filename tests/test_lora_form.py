@@ -190,7 +190,9 @@ def _changes(folder: Path) -> dict[str, Tensor]:
     return deltas(open_run(folder, QUIET).model)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "qwen3-moe", "gemma2", "gemma3", "phi3", "gpt2"]
+)
 def test_rows_go_where_transformers_takes_them_from(family: str) -> None:
     """What our file holds in the place of a weight, transformers' own loader turns into that weight."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor

@@ -19,7 +19,7 @@ def quality(monkeypatch, tmp_path) -> ModuleType:
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     module = importlib.import_module("quality")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "quality.jsonl")
-    monkeypatch.setattr(importlib.import_module("results"), "FOLDER", tmp_path)
+    monkeypatch.setattr(importlib.import_module("tables"), "FOLDER", tmp_path)
     return module
 
 
@@ -76,13 +76,13 @@ def test_a_start_that_diverges_is_not_chosen(quality):
 
 def test_tables(quality, monkeypatch, tmp_path, capsys):
     fill(quality, quality.Book(full=False, same_code=True))
-    results = importlib.import_module("results")
+    tables = importlib.import_module("tables")
     names = ("quality", "quality-cost", "quality-starts", "quality-papers")
-    monkeypatch.setattr(results, "README", tmp_path / "README.md")
-    monkeypatch.setattr(results, "TABLES", {name: results.TABLES[name] for name in (*names, "merge")})
-    results.README.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in names))
-    results.main()
-    text = results.README.read_text()
+    monkeypatch.setattr(tables, "README", tmp_path / "README.md")
+    monkeypatch.setattr(tables, "TABLES", {name: tables.TABLES[name] for name in (*names, "merge")})
+    tables.README.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in names))
+    tables.fill_all()
+    text = tables.README.read_text()
     assert "| int3-g64 | lora | 1.000, 1.050 | 200,000 | 61.00 (60.00 to 62.00) | 0.001 | 75.0% |" in text
     assert "41.00 (40.00 to 42.00) | 0.0001 | 75.0% |" in text
     assert "| nf4-single | nearest | pissa T=5 | 18 | 0.500, 0.550 | 19.0% | 30.00 |" in text

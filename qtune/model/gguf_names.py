@@ -136,8 +136,8 @@ def _gguf_reader(
 # model_type -> the architecture that llama.cpp's convert_hf_to_gguf.py gives it, as far as that leaves linear layers as
 # they are or transformers' processors undo what it does to them
 ARCHITECTURES = {
-    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
-    "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2",
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2",
 }  # fmt: skip
 
 
@@ -178,6 +178,8 @@ def gguf_places(model: PreTrainedModel, layers: Sequence[str]) -> dict[str, Plac
     found = {}
     for theirs, ours in names.items():
         layer = ours.removesuffix(".weight")
+        if layer not in layers:  # experts, whose names lose their numbers here
+            continue
         site: Any = model.get_submodule(layer)
         count = site.base.out_features
         numbered = np.tile(np.arange(count, dtype=np.float32)[:, None], 2)

@@ -21,11 +21,10 @@ from torch import Tensor
 from ..checkpoint import Entry
 from ..errors import QtuneError
 from ..gguf import Field, Made, names_of
-from .gguf_names import UNREAD_GGUF
+from .gguf_names import ARCHITECTURES, UNREAD_GGUF
 from .source import Source
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
-"""model_type -> GGUF's architecture."""
+WRITTEN = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")  # types of models whose header is known here
 KINDS = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # type of the matrices -> general.file_type (gguf's LlamaFileType)
 UINT, INT, FLOAT, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # types of values in the file
 NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # types of tokens
@@ -43,8 +42,10 @@ def architecture_of(config: Any) -> str:
     """GGUF's name of the architecture. Raises QtuneError for one that cannot be written, and what of a configuration
     no key says."""
     kind = config.model_type
-    if kind not in ARCHITECTURES:
-        raise QtuneError("Q813", f"architecture {kind!r} cannot be written as GGUF; legal: {_legal()}; {ELSE}")
+    if kind not in WRITTEN:
+        raise QtuneError(
+            "Q813", f"architecture {kind!r} cannot be written as GGUF; legal: {', '.join(WRITTEN)}; {ELSE}"
+        )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     faults = [f"{key}: true" for key in ("attention_bias", "mlp_bias") if getattr(config, key, False)]
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
@@ -54,10 +55,6 @@ def architecture_of(config: Any) -> str:
     if faults:
         raise QtuneError("Q813", f"a GGUF file of {kind!r} cannot say {', '.join(faults)} of this model; {ELSE}")
     return ARCHITECTURES[kind]
-
-
-def _legal() -> str:
-    return ", ".join(ARCHITECTURES)
 
 
 def header(model: Any, source: Source, tokenizer: Any, name: str, kind: str) -> dict[str, Field]:
