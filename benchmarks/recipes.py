@@ -64,9 +64,14 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(run, options.names or [name for name in paths if name not in done]))
-    for name, path in paths.items():
-        if name in done:
-            path.write_text(MEASURED.sub("# measured: " + told(done[name]), path.read_text()))
+    write_headers(done)
+
+
+def write_headers(rows: dict[str, dict[str, Any]]) -> None:
+    """`# measured:` of each recipe that has a row."""
+    for name, row in rows.items():
+        path = FOLDER / f"{name}.yaml"
+        path.write_text(MEASURED.sub("# measured: " + told(row), path.read_text()))
 
 
 def one(path: Path, out: str) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -366,8 +367,13 @@ def test_keys_for_the_docs() -> None:
     assert not [name for name in rows if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", name)]
 
 
-def test_every_method_has_a_recipe() -> None:
+def test_every_method_has_a_recipe_that_says_what_came_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    recipes = importlib.import_module("recipes")
+    rows = {row["recipe"]: row for row in recipes.read_rows(recipes.RESULTS)}
     found = {path.stem: path for path in (ROOT / "configs" / "methods").glob("*.yaml")}
     assert set(found) == set(METHODS)
     for name, path in found.items():
         assert Recipe.load(path, training=False).adapter.method == name
+        said = recipes.told(rows[name]) if name in rows else "not yet"
+        assert recipes.MEASURED.search(path.read_text("utf-8"))[0] == f"# measured: {said}", name
