@@ -34,7 +34,7 @@ from .model.saving import PublishedNames
 from .quant import Dense, QuantEmbedding, QuantLinear
 from .quant.scheme import DTYPES
 from .recipe import Recipe
-from .runs import Run, licences, load_with_bar
+from .runs import COMBINED, Run, licences, load_with_bar
 from .safe_io import write_json, write_text
 from .screen import Screen
 from .sections import entries
@@ -43,6 +43,7 @@ from .vocabulary import TokenHead, TokenTable, rows_of, tied_head
 
 KEEP_BASE = ("trained", "original")
 PROMPTS, PROMPT_TOKENS = 4, 64
+REMAINDER = "remainder"  # in a packed checkpoint: the run that holds what packing lost
 TEXTS = (
     "The capital of France is",
     "Once upon a time, in a small village by the sea,",
@@ -151,13 +152,18 @@ def check_merge(recipe: Recipe, out: Path, dtype: str, keep_base: str, overwrite
     if out.exists() and base.exists() and out.resolve() in (base.resolve(), base.resolve().parent):
         faults.append(f"{out} holds the base model of this run; choose another --out")
     elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        plain = out.is_dir() and (out / "config.json").is_file() and not any(p.is_dir() for p in out.iterdir())
+        plain = out.is_dir() and (out / "config.json").is_file() and all(map(_is_written, out.iterdir()))
         if not plain:
             faults.append(f"{out} exists and is not a checkpoint; choose another --out")
         elif not overwrite:
             faults.append(f"{out} already holds a checkpoint; choose another --out, or give --overwrite")
     if faults:
         raise QtuneError("Q801", "; ".join(faults))
+
+
+def _is_written(path: Path) -> bool:
+    """Is it what a merge leaves in a checkpoint's folder: a file, or a remainder?"""
+    return not path.is_dir() or (path.name == REMAINDER and (path / COMBINED).is_file())
 
 
 def prompts_of(run: Run) -> list[list[int]]:

@@ -2,49 +2,59 @@
 base, which `load` reads without an adapter.
 
 Exact where the method can say its change by the parts of the base's own scheme (`merge_into`: QA-LoRA's zero points):
-verified as a merge is, each layer within what rounding W to bf16 would move it. Else the merged weight is packed again,
-and a change smaller than the steps between codes gets lost; told for each layer and all together, with d what was
-learned, W the base and P packing and unpacking:
+verified as a merge is, each layer within what rounding W to bf16 would move it. Else the merged weight is packed again
+(qtune/repacking.py), and a change smaller than the steps between codes gets lost; told for each layer and all together,
+with d what was learned, W the base and P packing and unpacking:
 
     share = <P(W + d) - W, d> / |d|^2          1: all of d is there, 0: nothing of it
-Codes are the nearest ones, or GPTQ's on the merged weight by text (`quant/calibrate.py`), whose inputs come through the
-layers that are packed already. What is left below a stated share is refused. Left out: error feedback without data.
+What is left below a stated share is refused. With a remainder, what packing lost becomes the adapter of a run of its
+own, whose base is the packed checkpoint that it lies in; then the share is that of the two together.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .adapters import METHODS, Adapted, adapted_sites
-from .adapters.sites import enable_adapters, place
+from .adapters import METHODS, Adapted, AdapterSpec, adapted_sites
+from .adapters.files import TENSORS, load_adapter, save_adapter
+from .adapters.sites import enable_adapters, install, place
 from .card import model_card
 from .errors import QtuneError, one_of
-from .export import MergeReport, check_merge, prompts_of, verified_as
+from .export import REMAINDER, MergeReport, check_merge, prompts_of, verified_as
 from .memory.layers import device_of
 from .model import load, save_quantized
-from .model.layerwise import decoder_layers
 from .model.loading import packed_sites
-from .quant import Dense, Parts, QuantLinear, Scheme, scheme_from
-from .quant.calibrate import CODES, choose, refuses, too_little
+from .quant import Dense, QuantLinear, Scheme, scheme_from
+from .quant.calibrate import refuses
 from .recipe import Recipe
-from .runs import Run, calibration_text, licences
-from .safe_io import write_text
-from .screen import Screen
-from .sections import entries
+from .repacking import MERGE_CODES, Repacked, Way, repack
+from .runs import COMBINED, RECIPE, Run, calibration_text, licences
+from .safe_io import write_json, write_text
+from .screen import Screen, size
+from .sections import CalibrateKeys, entries
 from .verify import Reference, Verification, compared, in_dtype, layer_error, logits_of, worst_layer
 
 ROUNDED = torch.bfloat16  # the dtype whose rounding of W bounds what a layer's exact parts may be off
 LEAST = 0.5  # share of what was learned that packing must leave, unless told so
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """What packing lost, as a run. layers, share, kl: as of Kept, of packed layers and remainder together."""
+
+    folder: str
+    rank: int
+    nbytes: int
+    share: float
+    layers: dict[str, float]
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -56,14 +66,21 @@ class Kept:
     layers: dict[str, float]
     kl: float
     kl_base: float
+    remainder: Remainder | None = None
 
     def lines(self) -> list[str]:
         """For a person."""
         low = min(self.layers, key=lambda name: self.layers[name])
-        return [
+        lines = [
             f"kept     {self.share:.1%} of what was learned; least in {low}: {self.layers[low]:.1%}",
             f"         KL(trained || packed) {self.kl:.2e} nats, without the adapter {self.kl_base:.2e}",
         ]
+        if (rest := self.remainder) is not None:
+            lines += [
+                f"         with the remainder of rank {rest.rank} {rest.share:.1%}, KL {rest.kl:.2e} nats",
+                f"         it is a run of its own, {size(rest.nbytes)}: qtune chat {rest.folder}",
+            ]
+        return lines
 
 
 def scheme_of(recipe: Recipe, keep: str) -> Scheme:
@@ -79,15 +96,25 @@ def is_exact(recipe: Recipe, scheme: Scheme) -> bool:
     return METHODS[recipe.adapter.method].has_own("merge_into") and recipe.scheme == scheme
 
 
-def check_packed(recipe: Recipe, keep: str, out: Path, overwrite: bool, codes: str = "nearest") -> Scheme:
-    """The scheme to pack in. Raises QtuneError for what is known to be wrong before anything is loaded."""
+def check_packed(
+    recipe: Recipe, keep: str, out: Path, overwrite: bool, codes: str = "nearest", remainder: int | None = None
+) -> Way:
+    """How to pack. Raises QtuneError for what is known to be wrong before anything is loaded."""
     scheme = scheme_of(recipe, keep)
     if isinstance(scheme, Dense):
         raise QtuneError("Q801", "--keep dense keeps nothing packed; merge without --keep, with --dtype")
-    if codes not in CODES:
-        raise one_of("--codes", codes, CODES)
-    if why := refuses(scheme, codes):
+    if codes not in MERGE_CODES:
+        raise one_of("--codes", codes, MERGE_CODES)
+    way = Way(scheme, codes, remainder)
+    if why := refuses(scheme, way.choice):
         raise QtuneError("Q702", why)
+    if remainder is not None and remainder < 1:
+        raise QtuneError("Q102", f"--remainder must be at least 1, not {remainder}")
+    if remainder is not None and is_exact(recipe, scheme):
+        raise QtuneError(
+            "Q103", f"--remainder: {recipe.adapter.method} goes into {scheme} exactly, so that nothing remains; leave "
+            "it out"
+        )  # fmt: skip
     if not isinstance(recipe.scheme, Scheme):
         raise QtuneError(
             "Q801", f"the base is packed as {recipe.scheme}, which --keep has no name for; merge without it"
@@ -97,7 +124,7 @@ def check_packed(recipe: Recipe, keep: str, out: Path, overwrite: bool, codes: s
             "Q801", f"tokens with rows of their own ({', '.join(named[:3])}) are not packed; merge without --keep"
         )
     check_merge(recipe, out, "bfloat16", "trained", overwrite)
-    return scheme
+    return way
 
 
 def merge_packed(
@@ -107,20 +134,22 @@ def merge_packed(
     *,
     codes: str = "nearest",
     least: float = LEAST,
+    remainder: int | None = None,
     screen: Screen | None = None,
     overwrite: bool = False,
 ) -> MergeReport:
     """Write the packed checkpoint of a run with what was learned in it, verify it, and only then give it the name
-    `out`. keep: name of a scheme; codes: one of CODES; least: share of what was learned that must be left. The run's
-    model is merged afterwards and has no adapter.
+    `out`. keep: name of a scheme; codes: one of MERGE_CODES; least: share of what was learned that must be left;
+    remainder: rank of the adapter that holds what packing lost, a run in the folder `remainder` of `out`. The run's
+    model is merged afterwards and has no adapter but that.
 
     Raises QtuneError as `merge` does, and where packing leaves less.
     """
     screen = screen or Screen(quiet=True)
-    scheme = check_packed(run.recipe, keep, out, overwrite, codes)
-    if is_exact(run.recipe, scheme):
+    way = check_packed(run.recipe, keep, out, overwrite, codes, remainder)
+    if is_exact(run.recipe, way.scheme):
         return verified_as(out, lambda folder: _write_exact(run, out, folder, screen))
-    return verified_as(out, lambda folder: _write_again(run, out, folder, scheme, codes, least, screen))
+    return verified_as(out, lambda folder: _write_again(run, out, folder, way, least, screen))
 
 
 # ---- by the method's own parts
@@ -131,7 +160,7 @@ def _write_exact(run: Run, out: Path, folder: Path, screen: Screen) -> MergeRepo
     layers = len(adapted_sites(run.model))
     error, worst = _merge_sites(run, screen)
     _save(run, folder)
-    logits = _logits(run, folder, reference.prompts)
+    logits = _logits(_read(run, folder), reference.prompts)
     return _report(run, out, folder, compared(reference, logits, layers, error, worst), [])
 
 
@@ -157,33 +186,68 @@ def _merge_sites(run: Run, screen: Screen) -> tuple[float, str]:
 # ---- packed again
 
 
-def _write_again(
-    run: Run, out: Path, folder: Path, scheme: Scheme, codes: str, least: float, screen: Screen
-) -> MergeReport:
+def _write_again(run: Run, out: Path, folder: Path, way: Way, least: float, screen: Screen) -> MergeReport:
     model, prompts = run.model, prompts_of(run)
-    windows = None if codes == "nearest" else _text(run, codes, screen)
+    windows = _text(run, way.codes, screen) if way.by_text else None
     trained = Reference.of(model, prompts, ROUNDED)
     enable_adapters(model, False)
-    with in_dtype(model, torch.float32):
-        kl_base = float(trained.kl(logits_of(model, prompts)).mean())
+    kl_base = float(trained.kl(_logits(model, prompts)).mean())
     enable_adapters(model, True)
-    shares, share = _pack_sites(run, scheme, codes, windows, screen)
-    if not share >= least:
-        low = sorted(shares, key=lambda name: shares[name])[:3]
-        raise QtuneError(
-            "Q814",
-            f"packed as {scheme} ({codes}), {share:.1%} of what was learned is left, less than {least:.0%} "
-            f"(least in {', '.join(f'{name}: {shares[name]:.1%}' for name in low)}). Merge without --keep, choose a "
-            f"finer scheme or other --codes ({', '.join(CODES)}), or give --least-kept {max(share, 0.0):.2g}",
-        )
-    model.qtune = replace(model.qtune, scheme=scheme)
+    made = repack(model, way, windows, screen)
+    _refuse_little(way, made, least)
+    model.qtune = replace(model.qtune, scheme=way.scheme)
+    for name, site in made.beside.items():
+        place(model, name, site.base)
     reference = Reference.of(model, prompts, ROUNDED)  # of the packed model: did its file become what is in memory?
     _save(run, folder)
-    verification = compared(reference, _logits(run, folder, prompts), len(shares), 0.0, next(iter(shares)))
-    kept = Kept(share, shares, float(trained.kl(reference.logits).mean()), kl_base)
+    written, shares = _read(run, folder), made.packed
+    verification = compared(reference, _logits(written, prompts), len(shares.layers), 0.0, next(iter(shares.layers)))
+    kept = Kept(shares.all, shares.layers, float(trained.kl(reference.logits).mean()), kl_base)
+    if way.rank is not None and verification.passed:
+        _save_remainder(run, made, way.rank, out, folder / REMAINDER)
+        reference = Reference.of(model, prompts, ROUNDED)
+        load_adapter(written, folder / REMAINDER)
+        verification = compared(reference, _logits(written, prompts), len(made.beside), 0.0, next(iter(made.beside)))
+        nbytes, kl = (folder / REMAINDER / TENSORS).stat().st_size, float(trained.kl(reference.logits).mean())
+        rest = Remainder(str(out / REMAINDER), way.rank, nbytes, made.both.all, made.both.layers, kl)
+        kept = replace(kept, remainder=rest)
     for line in kept.lines():
         screen.line(line)
     return replace(_report(run, out, folder, verification, kept.lines()), kept=asdict(kept))
+
+
+def _refuse_little(way: Way, made: Repacked, least: float) -> None:
+    """Raises QtuneError where what was packed, with the remainder if there is one, leaves a smaller share."""
+    shares = made.packed if way.rank is None else made.both
+    if shares.all >= least:
+        return
+    low = sorted(shares.layers, key=lambda name: shares.layers[name])[:3]
+    raise QtuneError(
+        "Q814",
+        f"packed as {way}, {shares.all:.1%} of what was learned is left, less than {least:.0%} "
+        f"(least in {', '.join(f'{name}: {shares.layers[name]:.1%}' for name in low)}). Merge without --keep, choose a "
+        f"finer scheme, other --codes ({', '.join(MERGE_CODES)}) or a larger --remainder, or give --least-kept "
+        f"{max(shares.all, 0.0):.2g}",
+    )
+
+
+def _save_remainder(run: Run, made: Repacked, rank: int, out: Path, folder: Path) -> None:
+    """Put the remainder back into the packed model, and write it as a run whose base is the checkpoint in `out`."""
+    for layer in packed_sites(run.model).values():
+        layer.own = False  # the codes are the checkpoint's
+    install(run.model, made.beside, None)
+    kinds = tuple(dict.fromkeys(name.rpartition(".")[2] for name in made.beside))
+    spec = AdapterSpec("lora", kinds, {"rank": rank, "alpha": float(rank)})
+    recipe = replace(
+        run.recipe, model=str(out.absolute()), scheme=run.model.qtune.scheme, embeddings=run.model.qtune.embeddings,
+        adapter=spec, calibrate=CalibrateKeys(), budget=None, output=str(out.absolute() / REMAINDER),
+    )  # fmt: skip
+    folder.mkdir()
+    save_adapter(run.model, spec, folder, {"model": recipe.model, "scheme": str(recipe.scheme), "dtype": recipe.dtype})
+    data = ", ".join(Path(source.file).name for source in entries(run.recipe.data.train or "")) or "unknown"
+    origin = {"folder": str(run.folder.absolute()), "method": run.recipe.adapter.method, "data": data}
+    write_json(folder / COMBINED, {"format": 1, "way": REMAINDER, "weights": [1.0], "runs": [origin]})
+    write_text(folder / RECIPE, recipe.to_yaml())
 
 
 def _text(run: Run, codes: str, screen: Screen) -> Tensor:
@@ -196,110 +260,6 @@ def _text(run: Run, codes: str, screen: Screen) -> Tensor:
     return windows
 
 
-@torch.no_grad()
-def _pack_sites(
-    run: Run, scheme: Scheme, codes: str, windows: Tensor | None, screen: Screen
-) -> tuple[dict[str, float], float]:
-    """Put packed layers in the place of all adapters, and of what is packed in another scheme. Returns the share of
-    each adapted layer, and of all together."""
-    model: Any = run.model
-    shares, along, whole = {}, 0.0, 0.0
-    packed = {name: layer for name, layer in packed_sites(model).items() if not isinstance(layer.scheme, Dense)}
-    sites, head = adapted_sites(model), model.get_output_embeddings()
-    fixed = {name for name, module in model.named_modules() if module is head}  # packed as embeddings are, or dense
-    bases = {f"{name}.base" for name in sites}
-    others = {name: layer for name, layer in packed.items() if name not in bases | fixed and layer.scheme != scheme}
-    groups = _groups(model, [*sites, *others]) if windows is not None else [[*sites, *others]]
-    with screen.bar("packing", len(sites) + len(others)) as advance:
-        for names in groups:
-            grams = {} if windows is None else _grams(model, names, windows, screen)
-            for name in names:
-                site = sites.get(name)
-                base = others[name] if site is None else site.base
-                before = base.dequantize(torch.float32)
-                after, bias = (before, base.bias) if site is None else site.merged()
-                kind = base.scheme if name in fixed or isinstance(base.scheme, Dense) else scheme
-                how = codes if name in grams and kind is scheme else "nearest"
-                made = _packed_layer(base, name, kind, after, bias, partial(choose, gram=grams.get(name), how=how))
-                place(model, name, made)  # type: ignore[arg-type]
-                if site is not None:
-                    change = after - before
-                    kept = float(((made.dequantize(torch.float32) - before) * change).sum())
-                    size = float(change.square().sum())
-                    shares[name] = kept / size if size else 1.0
-                    along, whole = along + kept, whole + size
-                advance(1)
-    return shares, along / whole if whole else 1.0
-
-
-def _packed_layer(
-    base: QuantLinear, name: str, scheme: Scheme, weight: Tensor, bias: Tensor | None, pack: Callable[..., Parts]
-) -> QuantLinear:
-    """A layer as `base` is, of `weight` in `scheme`."""
-    if bias is not None and base.bias is None:
-        raise QtuneError("Q805", f"{name}: the adapter adds a bias, which a checkpoint of this model cannot hold")
-    made = QuantLinear(
-        base.in_features, base.out_features, scheme, bias=base.bias is not None, dtype=base.dtype,
-        device=base.device, name=name, conv1d=base.conv1d,
-    )  # fmt: skip
-    made.routed = base.routed
-    made.set_parts(pack(scheme, weight, name=name))
-    if made.bias is not None and bias is not None:
-        made.bias.data.copy_(bias)
-    return made
-
-
-def _groups(model: Any, names: list[str]) -> list[list[str]]:
-    """The sites of each decoder layer, in the order in which text meets them; those outside of the layers last."""
-    stack, layers = decoder_layers(model)
-    groups: dict[int, list[str]] = {}
-    for name in names:
-        inside = name.startswith(stack + ".")
-        groups.setdefault(int(name[len(stack) + 1 :].partition(".")[0]) if inside else len(layers), []).append(name)
-    return [groups[number] for number in sorted(groups)]
-
-
-def _grams(model: Any, names: list[str], windows: Tensor, screen: Screen) -> dict[str, Tensor]:
-    """Second moments [in, in], fp32, of the inputs of each layer over the text. An expert that too little text reaches
-    has none, which is told: its codes are the nearest. Raises QtuneError for any other layer of which that is true."""
-    grams: dict[str, Tensor] = {}
-    counts = dict.fromkeys(names, 0)
-
-    def see(name: str, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        grams[name] = rows.T @ rows if name not in grams else grams[name].addmm_(rows.T, rows)
-        counts[name] += len(rows)
-
-    with _watched(model, names, see):
-        for window in windows:
-            model(input_ids=window[None].to(device_of(model)), use_cache=False)
-    few = {}
-    for name in names:
-        layer = model.get_submodule(name)
-        base = layer if isinstance(layer, QuantLinear) else layer.base
-        if why := too_little(counts[name], base.in_features):
-            if not base.routed:
-                raise QtuneError("Q706", f"{name}: {why}")
-            few[name] = counts[name]
-    if few:
-        screen.line(f"note: too little text reaches {', '.join(few)}: the nearest codes are taken", "yellow")
-    return {name: gram.div_(counts[name]) for name, gram in grams.items() if name not in few}
-
-
-@contextmanager
-def _watched(model: nn.Module, names: list[str], see: Any) -> Iterator[None]:
-    """While it lasts, see(name, input) is called for each input of the named layers."""
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: see(name, given[0]))
-        for name in names
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 # ---- the folder
 
 
@@ -309,11 +269,15 @@ def _save(run: Run, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def _logits(run: Run, folder: Path, prompts: list[list[int]]) -> list[Tensor]:
-    """Of the checkpoint as it is read, in fp32."""
-    written = load(folder, None, dtype=run.model.qtune.dtype, device=device_of(run.model))
-    with in_dtype(written, torch.float32):
-        return logits_of(written, prompts)
+def _read(run: Run, folder: Path) -> Any:
+    """The checkpoint as a user will load it."""
+    return load(folder, None, dtype=run.model.qtune.dtype, device=device_of(run.model))
+
+
+def _logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
+    """In fp32."""
+    with in_dtype(model, torch.float32):
+        return logits_of(model, prompts)
 
 
 def _report(run: Run, out: Path, folder: Path, verification: Verification, more: list[str]) -> MergeReport:

@@ -50,7 +50,7 @@ ORDER = (
     {"step"},
     {"evaluate"},
     {"evaluation"},
-    {"verify", "card"},
+    {"verify", "card", "repacking"},
     {"export"},
     {"packed_merge", "adapter_export", "gguf_merge"},
     {"planner"},

@@ -21,11 +21,16 @@ def options(parser: argparse.ArgumentParser) -> None:
         "packed as SCHEME (nf4, int8 ...); exact where the method merges into packed parts (qalora, its own scheme)",
     )  # fmt: skip
     parser.add_argument(
-        "--codes", help="with --keep, how codes are chosen: nearest (default), gptq or magr-gptq, by the training data"
-    )
+        "--codes", help="with --keep, how codes are chosen: nearest (default), feedback, by what was learned, gptq or "
+        "magr-gptq, by the training data",
+    )  # fmt: skip
+    parser.add_argument(
+        "--remainder", type=int, metavar="RANK", help="with --keep, also write what packing lost as a LoRA of this "
+        "rank, a run of its own: DIR/remainder",
+    )  # fmt: skip
     parser.add_argument(
         "--least-kept", type=float, metavar="SHARE", help="with --keep, the least share of what was learned that "
-        "packing may leave, of all layers together (0.5)",
+        "packing may leave, of all layers and with the remainder (0.5)",
     )  # fmt: skip
     parser.add_argument(
         "--keep-base",
@@ -63,7 +68,8 @@ def _check(args: argparse.Namespace) -> None:
     given = {"--keep": args.keep and args.gguf, "--dtype": args.dtype, "--keep-base": args.keep_base}
     wrong = [name for name, value in given.items() if first and value]
     if not args.keep:
-        wrong += [name for name, value in (("--codes", args.codes), ("--least-kept", args.least_kept)) if value]
+        given = {"--codes": args.codes, "--least-kept": args.least_kept, "--remainder": args.remainder}
+        wrong += [name for name, value in given.items() if value is not None]
         first = first or "a merge without --keep"
     if wrong:
         raise QtuneError("Q801", f"{', '.join(wrong)} and {first} do not go together")
@@ -93,6 +99,9 @@ def _packed(args: argparse.Namespace, out: Path, screen: Any) -> Any:
     from ..runs import open_run, read_recipe
 
     codes, least = args.codes or "nearest", LEAST if args.least_kept is None else args.least_kept
-    check_packed(read_recipe(Path(args.run)), args.keep, out, args.overwrite, codes)
+    check_packed(read_recipe(Path(args.run)), args.keep, out, args.overwrite, codes, args.remainder)
     run = open_run(Path(args.run), screen, device=args.device)
-    return merge_packed(run, out, args.keep, codes=codes, least=least, screen=screen, overwrite=args.overwrite)
+    return merge_packed(
+        run, out, args.keep, codes=codes, least=least, remainder=args.remainder, screen=screen,
+        overwrite=args.overwrite,
+    )  # fmt: skip

@@ -155,7 +155,8 @@ Architecture, configuration or tokenizer have no form in a GGUF file that is kno
 
 Q814 Packing that loses what was learned
 Packing the merged weights again leaves less of the change than asked for: it is smaller than the steps between codes.
-> Merge without --keep, choose a finer scheme (--keep int8) or --codes gptq, or give a smaller --least-kept.
+> Merge without --keep, choose a finer scheme (--keep int8), --codes feedback or gptq, keep what is lost beside it
+(--remainder 16), or give a smaller --least-kept.
 
 = Q9: the system
 

@@ -77,6 +77,7 @@ class Layerwise:
         get."""
         at = [0]
         real = self.layers[index].forward
+        own = [vars(layer).get("forward") for layer in self.layers[: index + 1]]  # of layers that are streamed
 
         def here(*args: Any, **kwargs: Any) -> None:
             if self.states is not None:
@@ -93,8 +94,10 @@ class Layerwise:
                 layer.forward = here if number == index else below
             yield at
         finally:
-            for layer in self.layers[: index + 1]:
+            for layer, forward in zip(self.layers[: index + 1], own, strict=True):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
 
 def _with_hidden(
