@@ -257,6 +257,22 @@ def serving_table(rows: list[dict[str, Any]]) -> list[str]:
     return table
 
 
+def keep_table(rows: list[dict[str, Any]]) -> list[str]:
+    """What a merge into packed codes leaves, beside the run and its base."""
+    lines = ["| written as | share left | KL from the trained model, nats | accuracy | size |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for row in rows:
+        if row["way"] != "merged":
+            what = "base + adapter, as trained" if row["way"] == "trained" else "base alone"
+            lines.append(f"| {what} | | {row.get('kl', 0.0):.2g} | {row['accuracy']:.1%} | |")
+            continue
+        beside = "" if row["rank"] is None else f" --remainder {row['rank']}"
+        nbytes = f"{row['bytes'] / 1e6:.0f} MB" + (f" + {row['rest_bytes'] / 1e6:.0f} MB" if beside else "")
+        way = f"`--keep {row['keep']} --codes {row['codes']}{beside}`"
+        lines.append(f"| {way} | {row['share']:.1%} | {row['kl']:.2g} | {row['accuracy']:.1%} | {nbytes} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[Any], list[str]]] = {
     "many": many_table,
     "merge": merge_table,
@@ -272,6 +288,7 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "choices-schemes": choices_schemes_table,
     "packing": packing_table,
     "serving": serving_table,
+    "keep": keep_table,
     "dropping": dropping_table,
     "family": family_table,
     "forgetting": forgetting_table,

@@ -35,7 +35,7 @@ from .quant import Dense, QuantLinear, Scheme, scheme_from
 from .quant.calibrate import refuses
 from .recipe import Recipe
 from .repacking import MERGE_CODES, Repacked, Way, repack
-from .runs import COMBINED, RECIPE, Run, calibration_text, licences
+from .runs import COMBINED, RECIPE, Run, anchored, calibration_text, licences
 from .safe_io import write_json, write_text
 from .screen import Screen, size
 from .sections import CalibrateKeys, entries
@@ -76,10 +76,9 @@ class Kept:
             f"         KL(trained || packed) {self.kl:.2e} nats, without the adapter {self.kl_base:.2e}",
         ]
         if (rest := self.remainder) is not None:
-            lines += [
-                f"         with the remainder of rank {rest.rank} {rest.share:.1%}, KL {rest.kl:.2e} nats",
-                f"         it is a run of its own, {size(rest.nbytes)}: qtune chat {rest.folder}",
-            ]
+            where = f"a run of its own, {size(rest.nbytes)}: qtune chat {rest.folder}"
+            lines.append(f"beside   the remainder of rank {rest.rank}, {where}")
+            lines.append(f"         both together: {rest.share:.1%} of what was learned, KL {rest.kl:.2e} nats")
         return lines
 
 
@@ -243,11 +242,12 @@ def _save_remainder(run: Run, made: Repacked, rank: int, out: Path, folder: Path
         adapter=spec, calibrate=CalibrateKeys(), budget=None, output=str(out.absolute() / REMAINDER),
     )  # fmt: skip
     folder.mkdir()
-    save_adapter(run.model, spec, folder, {"model": recipe.model, "scheme": str(recipe.scheme), "dtype": recipe.dtype})
+    base = {"model": recipe.model, "scheme": recipe.scheme.to_dict(), "dtype": recipe.dtype}
+    save_adapter(run.model, spec, folder, base)
     data = ", ".join(Path(source.file).name for source in entries(run.recipe.data.train or "")) or "unknown"
     origin = {"folder": str(run.folder.absolute()), "method": run.recipe.adapter.method, "data": data}
     write_json(folder / COMBINED, {"format": 1, "way": REMAINDER, "weights": [1.0], "runs": [origin]})
-    write_text(folder / RECIPE, recipe.to_yaml())
+    write_text(folder / RECIPE, anchored(recipe).to_yaml())
 
 
 def _text(run: Run, codes: str, screen: Screen) -> Tensor:

@@ -200,7 +200,8 @@ def test_a_remainder_is_a_run(
     assert rest["nbytes"] == (out / "remainder" / "adapter.safetensors").stat().st_size
     assert main(["merge", str(out / "remainder"), "--dtype", "float32", "--out", str(tmp_path / "merged")]) == 0
     assert main(["eval", str(out / "remainder")]) == 0
-    assert "with the remainder of rank 16" in (out / "README.md").read_text()
+    assert main(["export", str(out / "remainder"), "--as", "lora", "--out", str(tmp_path / "lora")]) == 0
+    assert "the remainder of rank 16, a run of its own" in (out / "README.md").read_text()
 
 
 def test_the_packed_base_stays_the_same_without(trained: Path, tmp_path: Path) -> None:
