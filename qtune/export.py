@@ -162,8 +162,10 @@ def check_merge(recipe: Recipe, out: Path, dtype: str, keep_base: str, overwrite
 
 
 def _is_written(path: Path) -> bool:
-    """Is it what a merge leaves in a checkpoint's folder: a file, or a remainder?"""
-    return not path.is_dir() or (path.name == REMAINDER and (path / COMBINED).is_file())
+    """Is it what a merge leaves in a checkpoint's folder: a file, or a remainder from which nothing was made since?"""
+    if path.is_dir():
+        return path.name == REMAINDER and (path / COMBINED).is_file() and not any(p.is_dir() for p in path.iterdir())
+    return True
 
 
 def prompts_of(run: Run) -> list[list[int]]:
