@@ -332,7 +332,7 @@ def check_start(recipe: Recipe, start_from: Path, folder: Path) -> None:
         raise QtuneError(
             "Q414",
             f"the recipe's adapter is another one than that of {start_from}: {'; '.join(faults)}. "
-            f"Give the recipe the same `adapter` section, or train {run_of(start_from) / RECIPE}",
+            f"Give the recipe the same `adapter` section, or train {run_of(start_from) / RECIPE} with another output",
         )
     scheme = info["base"].get("scheme", recipe.scheme.to_dict())
     if scheme != recipe.scheme.to_dict():

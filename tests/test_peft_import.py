@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,17 +230,31 @@ def test_the_command_writes_a_run(name: str, checkpoint: Path, tmp_path: Path) -
     assert main(again) == 1  # it is there
 
 
-def test_training_goes_on_from_it(checkpoint: Path, tmp_path: Path) -> None:
+def test_training_goes_on_from_it(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random(model_at(checkpoint), peft.LoraConfig(r=4, **LINEAR)).save_pretrained(tmp_path / "theirs")
     out = tmp_path / "run"
     argv = ["import", str(tmp_path / "theirs"), "--base", str(checkpoint), "--out", str(out), "--json"]
     assert main(argv) == 0
     data, new = runs_helper.write_task(tmp_path), tmp_path / "new"
-    keys = [f"data.train={data}", f"output={new}", "train.steps=2", "train.report=false"]
-    assert main(["train", str(out / "recipe.yaml"), *keys, "--from", str(out), "--json"]) == 0
+    printed = re.search("qtune (train .*)", capsys.readouterr().err)
+    assert printed
+    asked = shlex.split(printed[1].replace("FILE", str(data)).replace("FOLDER", str(new)))
+    assert main([*asked, "train.steps=2", "train.report=false", "--json"]) == 0
     taken, trained = (safetensors.torch.load_file(folder / "adapter.safetensors") for folder in (out, new))
     assert taken.keys() == trained.keys() and any(not torch.equal(taken[n], trained[n]) for n in taken)
     assert main(["merge", str(out), "--dtype", "float32", "--json"]) == 0
+
+
+def test_another_base_than_peft_names_is_told(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random(model_at(checkpoint), peft.LoraConfig(r=4, **LINEAR)).save_pretrained(tmp_path / "theirs")
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    monkeypatch.chdir(checkpoint.parent)
+    for base, told in ((checkpoint.name, False), (str(tmp_path / "copy"), True)):
+        out = tmp_path / f"run-{told}"
+        assert main(["import", str(tmp_path / "theirs"), "--base", base, "--out", str(out), "--json"]) == 0
+        assert ("PEFT trained it on" in capsys.readouterr().err) is told
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ def import_command(args: argparse.Namespace, screen: Screen, emit: Callable[[Any
     """Import, and say what is there and what comes next."""
     from ..peft_import import find_peft, read_peft
     from ..recipe import Recipe
+    from ..runs import RECIPE, anchored
     from ..safe_io import expanded
 
     if wrong := [text for text in args.overrides if text.partition("=")[0].split(".")[0] in ("adapter", "tokens")]:
@@ -47,11 +48,12 @@ def import_command(args: argparse.Namespace, screen: Screen, emit: Callable[[Any
     recipe = Recipe.load({"model": base, "scheme": args.scheme}, args.overrides, training=False)
     out = expanded(args.out)
     done = import_peft(found, recipe, out, screen)
-    if args.base and found.base not in (None, args.base):
+    if found.base not in (None, base, anchored(recipe).model):
         screen.line(f"note: PEFT trained it on {found.base}; whether {args.base} is the same, no file says", "yellow")
-    quoted = shlex.quote(str(out))
+    run, recipe_of_it = shlex.quote(str(out)), shlex.quote(str(out / RECIPE))
     screen.line(f"wrote {out}: {done.method} on {done.sites} layers, {done.parameters:,} parameters; {done.told}")
-    screen.line(f"next:  qtune chat {quoted}   qtune merge {quoted}   qtune train RECIPE --from {quoted}")
+    screen.line(f"next:  qtune chat {run}   qtune merge {run}")
+    screen.line(f"       qtune train {recipe_of_it} --from {run} data.train=FILE output=FOLDER")
     emit({"run": out, "method": done.method, "sites": done.sites, "parameters": done.parameters, "base": base})
 
 
