@@ -16,6 +16,7 @@ from __future__ import annotations
 import shutil
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ from .verify import Reference, Verification, compared, in_dtype, layer_error, lo
 
 ROUNDED = torch.bfloat16  # the dtype whose rounding of W bounds what a layer's exact parts may be off
 LEAST = 0.5  # share of what was learned that packing must leave, unless told so
+
+
+def rounded_down(share: float) -> str:
+    """To three places, so that a share passes where this is the least that is taken."""
+    return f"{floor(share * 1000) / 1000:g}"
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,7 @@ def _refuse_little(way: Way, made: Repacked, least: float) -> None:
         f"packed as {way}, {shares.all:.1%} of what was learned is left, less than {least:.0%} "
         f"(least in {', '.join(f'{name}: {shares.layers[name]:.1%}' for name in low)}). Merge without --keep, choose a "
         f"finer scheme, other --codes ({', '.join(MERGE_CODES)}) or a larger --remainder, or give --least-kept "
-        f"{max(shares.all, 0.0):.2g}",
+        f"{rounded_down(shares.all)}",
     )
 
 

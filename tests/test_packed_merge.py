@@ -15,7 +15,7 @@ from qtune.cli import main
 from qtune.errors import QtuneError
 from qtune.model import load
 from qtune.model.loading import packed_sites
-from qtune.packed_merge import merge_packed
+from qtune.packed_merge import merge_packed, rounded_down
 from qtune.runs import Run, open_run
 from qtune.screen import Screen
 from qtune.trainer import train
@@ -65,6 +65,11 @@ def test_too_little_is_refused(run: Run, tmp_path: Path) -> None:
     assert told.value.code == "Q814" and not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("share", [0.00147, 0.1996, 0.25, 0.0, -0.0004])
+def test_the_share_that_is_advised_is_enough(share: float) -> None:
+    assert share - 0.001 < float(rounded_down(share)) <= share
+
+
 def test_transformers_loads_it(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     recipe = runs_helper.recipe(tmp_path, train__steps=2, scheme={"name": "nf4", "block": 64})
@@ -86,6 +91,7 @@ def test_what_does_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--keep", "nf5"], "unknown scheme"),
         (["--keep", "nf4", "--codes", "best"], "unknown --codes"),
         (["--keep", "nf4", "--dtype", "float16"], "--dtype and --keep do not go together"),
+        (["--least-kept", "0"], "--least-kept and a merge without --keep do not go together"),
         (["--codes", "gptq"], "--codes and a merge without --keep"),
     ):
         assert main(["merge", folder, *options, "--out", str(tmp_path / "out")]) == 1
