@@ -136,16 +136,16 @@ def serve(job: dict[str, Any]) -> list[list[Step]]:
         if type(module).__module__.startswith("bitsandbytes") and dtype == torch.float32:
             module.compute_dtype, module.training = dtype, True  # its fast product for CPUs computes in bf16 alone
     assert "qtune" not in sys.modules
-    return greedy(model, job["prompts"])
+    return greedy(model, job["prompts"], job["new"])
 
 
-def greedy(model: Any, prompts: list[list[int]]) -> list[list[Step]]:
+def greedy(model: Any, prompts: list[list[int]], new: int) -> list[list[Step]]:
     """The steps of each prompt, by transformers' own `generate`, all at once and padded on the left; a token that ends
     a text is one like any."""
     import torch
     from transformers import GenerationConfig
 
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=NEW, pad_token_id=0)
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -307,7 +307,7 @@ class Work:
         opened = open_run(self.run(run), quiet, device="cpu")
         model = on_original(opened, "float32", quiet) if base == "original" else opened.model
         enable_adapters(model, adapter)
-        return greedy(model.eval(), self.prompts)
+        return greedy(model.eval(), self.prompts, NEW)
 
 
 def main() -> None:

@@ -49,7 +49,8 @@ def test_the_demo_end_to_end(folder: Path) -> None:
     run = folder / "run"
     assert figures["verified"] and figures["after"]["eval_loss"] < figures["before"]["eval_loss"] / 4
     assert {p.name for p in run.iterdir()} == {
-        "adapter.json", "adapter.safetensors", "merged", "metrics.jsonl", "recipe.yaml",
+        "adapter.json", "adapter.safetensors", "checkpoints", "merged", "metrics.jsonl", "recipe.yaml", "report.html",
+        "run.json",
     }  # fmt: skip
     assert (run / "merged" / "LICENSE").is_file()
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 8 + 2

@@ -42,24 +42,23 @@ def alike(found: dict[str, Any], prompts: int) -> None:
 
 @pytest.mark.parametrize("family", ["llama-tied", "mixtral"])
 def test_the_same_tokens(family: str, serving: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "NEW", 8)
     monkeypatch.setattr("qtune.runs.load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
     run = open_run(train(runs_helper.recipe(tmp_path, family, train__lr=5e-2)).folder, QUIET)
     drawn = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 131, (4 + n % 5,), generator=drawn).tolist() for n in range(20)]
-    ours = serving.greedy(run.model.eval(), prompts)
+    ours = serving.greedy(run.model.eval(), prompts, 8)
     enable_adapters(run.model, False)
-    assert serving.compared(ours, serving.greedy(run.model, prompts))["equal"] < 10, "the adapter does something"
+    assert serving.compared(ours, serving.greedy(run.model, prompts, 8))["equal"] < 10, "the adapter does something"
     enable_adapters(run.model, True)
     merge(run, tmp_path / "merged", dtype="float32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    alike(serving.compared(ours, serving.greedy(merged.eval(), prompts)), 20)
+    alike(serving.compared(ours, serving.greedy(merged.eval(), prompts, 8)), 20)
     export_peft(run, tmp_path / "adapter", QUIET)
     write_merged(open_base(run.folder, QUIET).model, tmp_path / "base", torch.float32, QUIET)
     (tmp_path / "base" / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-    alike(serving.compared(ours, serving.greedy(adapted.eval(), prompts)), 20)
+    alike(serving.compared(ours, serving.greedy(adapted.eval(), prompts, 8)), 20)
 
 
 def test_differences_are_told(serving: ModuleType) -> None:
