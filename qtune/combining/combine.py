@@ -15,6 +15,7 @@ from ..errors import QtuneError, listed, one_of
 from ..quant import QuantLinear
 from ..screen import Screen
 from . import ways
+from .fisher import Diagonal, examples_of_run, information
 from .gather import Deltas, Given, check_together, given, open_deltas, skeleton_of
 from .moments import moments, windows_of_run
 from .search import mixed
@@ -27,11 +28,12 @@ HOW = {  # way -> what it does, for --help and for errors
     "dare": "entries dropped at random and the rest scaled up, then summed",
     "dare-ties": "dare's dropping before ties' election of signs",
     "regmean": "least squares on the inputs of each run's own data",
+    "fisher": "each entry weighed by how much it matters to its run, on each run's own data",
     "lorahub": "the weighted sum with weights that are searched for on --data",
 }
 SPARSE = {"ties": 0.2, "dare": 0.5, "dare-ties": 0.5}  # density: TIES' paper; DARE's delta must still pass an SVD
-MEANS = ("ties", "dare-ties", "regmean")  # divide by themselves: a weight of 1 each, not a share
-DRAWN = ("dare", "dare-ties", "lorahub")
+MEANS = ("ties", "dare-ties", "regmean", "fisher")  # divide by themselves: a weight of 1 each, not a share
+DRAWN = ("dare", "dare-ties", "fisher", "lorahub")
 UNCUT = ("concat", "regmean", "lorahub")  # keep all ranks, unless --rank says otherwise
 TRIALS = 40
 NOTED = 0.1  # share of ||delta|| lost from which a larger rank is advised
@@ -58,8 +60,8 @@ class Asked:
             found.append(f"--weights has {len(self.weights)} numbers for {runs} runs; legal: one for each")
         if self.weights is not None and not all(abs(weight) < 1e6 for weight in self.weights):
             found.append(f"--weights {listed(self.weights)}: not all are finite numbers")
-        if self.how == "regmean" and self.weights is not None and min(self.weights) <= 0:
-            found.append("--weights of regmean weigh data; legal: above 0")
+        if self.how in ("regmean", "fisher") and self.weights is not None and min(self.weights) <= 0:
+            found.append(f"--weights of {self.how} weigh data; legal: above 0")
         if self.rank is not None and self.rank < 1:
             found.append(f"--rank is {self.rank}; legal: 1 or more")
         if self.density is not None and not 0 < self.density <= 1:
@@ -102,8 +104,10 @@ def combine(
     rank = _rank(asked, runs)
     weights = list(asked.weights or [1.0 if asked.how in MEANS else 1 / len(runs)] * len(runs))
     windows = [windows_of_run(run, screen) for run in runs] if asked.how == "regmean" else []
+    examples = [examples_of_run(run, asked.seed or 0, screen) for run in runs] if asked.how == "fisher" else []
     found: dict[str, Any] = {}
-    deltas = open_deltas(runs, screen, device=device, real=asked.how in ("regmean", "lorahub"))
+    deltas = open_deltas(runs, screen, device=device, real=asked.how in ("regmean", "fisher", "lorahub"))
+    matters = information(deltas, examples, asked.seed or 0, screen) if asked.how == "fisher" else []
     if asked.how == "lorahub":
         assert asked.data is not None
         found = mixed(
@@ -113,7 +117,7 @@ def combine(
     made: dict[str, Factors] = {}
     lost: dict[str, tuple[float, float]] = {}
     with screen.bar("combining", len(deltas.bases)) as advance:
-        for name, delta in _deltas(asked, deltas, weights, windows, screen):
+        for name, delta in _deltas(asked, deltas, weights, windows, matters):
             size, most = norm(delta), rank
             if most is None:
                 assert isinstance(delta, Factors), "what has no factors is refused without a rank"
@@ -170,8 +174,9 @@ def _not_exact(how: str, runs: Sequence[Given]) -> QtuneError:
 
 
 def _deltas(
-    asked: Asked, deltas: Deltas, weights: Sequence[float], windows: Sequence[Tensor], screen: Screen
-) -> Iterator[tuple[str, Delta]]:
+    asked: Asked, deltas: Deltas, weights: Sequence[float], windows: Sequence[Tensor],
+    matters: Sequence[Mapping[str, Diagonal]],
+) -> Iterator[tuple[str, Delta]]:  # fmt: skip
     """Each site's combined delta, before any cut."""
     if asked.how == "regmean":
         for grams in moments(deltas, windows):
@@ -181,6 +186,9 @@ def _deltas(
     for name in deltas.bases:
         if asked.how in SPARSE:
             yield name, _on_start(deltas, name, _sparse(asked, deltas, name, weights))
+        elif asked.how == "fisher":
+            diagonals = [(run[name].rows, run[name].columns) for run in matters]
+            yield name, _on_start(deltas, name, ways.fisher(deltas.learned(name), diagonals, weights))
         else:
             yield name, _sum(deltas, name, weights)
 

@@ -18,18 +18,19 @@ def options(sub: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", required=True, help="folder of the new run; must be empty or absent")
     add(
         "--how", required=True, metavar="WAY", help="concat (the weighted sum, exact: ranks add up), svd (the same, "
-        "cut to a rank), ties, dare, dare-ties, regmean (on each run's data), lorahub (weights searched for on --data)",
+        "cut to a rank), ties, dare, dare-ties, regmean or fisher (by each run's data), lorahub (weights "
+        "searched for on --data)",
     )  # fmt: skip
     add(
-        "--weights", metavar="W,W", help="one for each run, as 0.7,0.3; default: equal shares, with ties, dare-ties "
-        "and regmean, which average by themselves, 1 each; with lorahub where the search begins",
+        "--weights", metavar="W,W", help="one for each run, as 0.7,0.3; default: equal shares, with ties, dare-ties, "
+        "regmean and fisher, which average by themselves, 1 each; with lorahub where the search begins",
     )  # fmt: skip
     add(
         "--rank", type=int, metavar="R", help="of the new adapter; default: the largest of the runs (twice that for "
         "starts such as loftq), with regmean and lorahub their sum",
     )  # fmt: skip
     add("--density", type=float, metavar="P", help="share of entries kept; default 0.2 with ties, 0.5 with dare")
-    add("--seed", type=int, metavar="N", help="of what dare drops and where lorahub looks (0)")
+    add("--seed", type=int, metavar="N", help="of what dare drops, fisher draws and where lorahub looks (0)")
     add("--data", metavar="FILE", help="records that lorahub takes the loss of")
     add("--trials", type=int, metavar="N", help="weights that lorahub tries (40)")
     add("--device", help="auto, cuda, mps or cpu, where the model must compute; default: the first run's")

@@ -11,6 +11,7 @@ from ..data import load_source
 from ..errors import QtuneError, listed
 from ..memory.layers import device_of
 from ..model.layerwise import Grams, Layerwise, decoder_layers, windows_of
+from ..quant import QuantLinear
 from ..runs import tokenizer_of
 from ..screen import Screen
 from .gather import Deltas, Given
@@ -37,11 +38,7 @@ def moments(deltas: Deltas, windows: Sequence[Tensor]) -> Iterator[dict[str, dic
 
     Raises QtuneError for sites outside of the layers.
     """
-    model = deltas.model
-    prefix, layers = decoder_layers(model)
-    inside = [{n: b for n, b in deltas.bases.items() if n.startswith(f"{prefix}.{i}.")} for i in range(len(layers))]
-    if outside := [name for name in deltas.bases if not any(name in names for names in inside)]:
-        raise QtuneError("Q707", f"{listed(outside, 3)}: what a layer outside of the decoder reads is not gathered")
+    model, inside = deltas.model, by_layer(deltas)
     device = device_of(model)
     walks = [Layerwise(model, text, device) for text in windows]
     for index, names in enumerate(inside):
@@ -59,6 +56,15 @@ def moments(deltas: Deltas, windows: Sequence[Tensor]) -> Iterator[dict[str, dic
         for name, base in names.items():
             place(model, name, base)  # type: ignore[arg-type]
         yield {name: _whole(name, some, len(walks)) for name, some in found.items()}
+
+
+def by_layer(deltas: Deltas) -> list[dict[str, QuantLinear]]:
+    """The bases in each decoder layer, by site. Raises QtuneError for sites outside of the layers."""
+    prefix, layers = decoder_layers(deltas.model)
+    inside = [{n: b for n, b in deltas.bases.items() if n.startswith(f"{prefix}.{i}.")} for i in range(len(layers))]
+    if outside := [name for name in deltas.bases if not any(name in names for names in inside)]:
+        raise QtuneError("Q707", f"{listed(outside, 3)}: what a layer outside of the decoder reads is not gathered")
+    return inside
 
 
 def _whole(name: str, found: dict[int, Tensor], runs: int) -> dict[int, Tensor]:

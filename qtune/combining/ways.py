@@ -7,10 +7,13 @@
     dare-ties      D_i M_i / density in the place of T_i in ties
     regmean        sum D_i G_i w_i (sum w_i G_i)^-1, G_i the second moments of the inputs that run i sees: the D with
                    the least sum w_i tr((D - D_i) G_i (D - D_i)^T) (Jin et al., arXiv 2212.09849)
+    fisher         in each place sum w_i F_i D_i / sum w_i F_i, F_i [out, in] the diagonal Fisher information of run i
+                   (fisher.py): the D with the least sum w_i F_i (D - D_i)^2 (Matena & Raffel, arXiv 2111.09832)
 
 As in PEFT, TIES trims each layer by itself; its paper trims the whole model at once, which takes all of it dense in
 memory. In ties sum T_i = 0 counts as positive. RegMean keeps the rank of a sum of factors, B_i and
-A_i G_i w_i (sum w_i G_i)^-1 side by side. Left out: Fisher weights, which take gradients of dense weights.
+A_i G_i w_i (sum w_i G_i)^-1 side by side. Where no run has any Fisher information the mean by w_i stands; the authors'
+code has a floor of 1e-6 for it, of the first model alone or of all.
 """
 
 from __future__ import annotations
@@ -108,3 +111,20 @@ def regmean(deltas: Sequence[Delta], grams: Sequence[Tensor], weights: Sequence[
         moved = torch.cholesky_solve((rows @ gram).T.mul_(weight), lower).T
         parts.append(Factors(moved, delta.B) if isinstance(delta, Factors) else moved)
     return weighted(parts, [1.0] * len(parts))
+
+
+def fisher(
+    deltas: Sequence[Delta | None], diagonals: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
+) -> Tensor:
+    """[out, in]. diagonals: r [out] and c [in] of each F_i = r c^T. A delta None is zero; its F_i counts."""
+    rows, columns = diagonals[0]
+    whole, total = rows.new_zeros(len(rows), len(columns)), rows.new_zeros(len(rows), len(columns))
+    mean = torch.zeros_like(whole)
+    for delta, (rows, columns), weight in zip(deltas, diagonals, weights, strict=True):
+        importance = torch.outer(weight * rows, columns)
+        total += importance
+        if delta is not None:
+            full = dense(delta)
+            mean.add_(full, alpha=weight / sum(weights))
+            whole.addcmul_(importance, full)
+    return torch.where(total > 0, whole.div_(total), mean)
