@@ -7,7 +7,9 @@ CoLoR (Wistuba et al. 2023, arXiv 2311.17601): the features h(x) of a data set's
 without any adapter, are clustered by k-means, and the centres are kept; at use the nearest of all centres names the
 data set, and so the adapter. What differs from the paper, which is about images: h(x) is the mean over the tokens of a
 prompt of what the last layer gives, after the final norm, made of length 1; and at most 64 examples of a run are read,
-of each what stands before its first answer, for that is all that there is when an adapter is chosen.
+of each what stands before its first answer, for that is all that there is when an adapter is chosen. 5 centres of
+features of length 1 are what the code of S-Prompts (Wang et al. 2022, arXiv 2207.12819) has, an earlier method that
+chooses in this way; there the distance is the sum of |differences|, here Euclid's, which k-means makes least.
 
 The prototypes lie with the run, in prototypes.safetensors, with what they were made from: the base, the prompts, and
 how many of what. Where one of these is another, or the file is damaged, they are made again.

@@ -1,8 +1,12 @@
 """Mixing weights without gradients: LoraHub (Huang et al., arXiv 2307.13269).
 
-The loss on a few examples plus L1 sum |w_i|, minimised by a (1+1) evolution strategy with Rechenberg's rule of one
-success in five, in the paper's box and for its number of trials. The paper sums the factors A and B each by itself,
-which mixes every A with every B; here the deltas are summed. It searches with nevergrad's choice of strategies.
+The mean loss of a trained token on a few examples plus L1 sum |w_i|, minimised by a (1+1) evolution strategy with
+Rechenberg's rule of one success in five, in the paper's box and for its number of trials. What differs:
+- The paper sums the factors A and B each by itself, which mixes every A with every B; here the deltas are summed.
+- It searches with nevergrad, whose NGOpt chooses a strategy by itself, and from zero; here the start is a mixture that
+  serves already, the average if nothing is said, for 40 trials are few and the first is among them.
+- The authors' code takes the mean of |w_i| where the paper has their sum, and divides the mean loss by the number of
+  examples once more. The sum is kept: of two runs it presses twice as much as the mean, for any number of examples.
 """
 
 from __future__ import annotations
