@@ -43,6 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "dare": {"how": "dare", "weights": (1.0, 1.0)},
     "dare-ties": {"how": "dare-ties"},
     "regmean": {"how": "regmean"},
+    "fisher, rank 64": {"how": "fisher", "rank": 64},
     "lorahub": {"how": "lorahub"},
 }
 # both beside one another -> weight of each, how many rank-one parts are kept, and whether the same for all tokens
