@@ -27,7 +27,7 @@ from ..adapters.deltas import Delta, Factors, dense, stacked
 from ..errors import QtuneError
 
 # of RegMean's moments off the diagonal: the paper's number, and what makes few tokens enough. The authors' settings for
-# emotions (RoBERTa, DeBERTa, T5) have 0.1 as `regmean_reduce_nondiag`, near to a mean weighed by each input's size alone
+# emotions have 0.1 (`regmean_reduce_nondiag`), near to a mean weighed by each input's size alone
 SHRINK = 0.9
 
 
