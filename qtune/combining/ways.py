@@ -9,11 +9,8 @@
                    the least sum w_i tr((D - D_i) G_i (D - D_i)^T) (Jin et al., arXiv 2212.09849)
     fisher         in each place sum w_i F_i D_i / sum w_i F_i, F_i [out, in] the diagonal Fisher information of run i
                    (fisher.py): the D with the least sum w_i F_i (D - D_i)^2 (Matena & Raffel, arXiv 2111.09832)
-
-As in PEFT, TIES trims each layer by itself; its paper trims the whole model at once, which takes all of it dense in
-memory. In ties sum T_i = 0 counts as positive. RegMean's G_i are means over tokens, as in the authors' code, so that no
-run counts more for a longer text. It keeps the rank of a sum of factors, B_i and A_i G_i w_i (sum w_i G_i)^-1 side by
-side. Where no run has any Fisher information the mean by w_i stands; the authors' code has a floor of 1e-6 there.
+As in PEFT, TIES trims each layer by itself (its paper the whole model, all of it dense in memory); sum T_i = 0 counts
+as positive. RegMean keeps the rank of a sum of factors, B_i and A_i G_i w_i (sum w_i G_i)^-1 side by side.
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ from torch import Tensor
 from ..adapters.deltas import Delta, Factors, dense, stacked
 from ..errors import QtuneError
 
+# G_i are means over tokens, as in the authors' code, so that no run counts more for a longer text. This is the factor
 # of RegMean's moments off the diagonal: the paper's number, and what makes few tokens enough. The authors' settings for
 # emotions have 0.1 (`regmean_reduce_nondiag`), near to a mean weighed by each input's size alone
 SHRINK = 0.9
@@ -118,7 +116,8 @@ def regmean(deltas: Sequence[Delta], grams: Sequence[Tensor], weights: Sequence[
 def fisher(
     deltas: Sequence[Delta | None], diagonals: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
 ) -> Tensor:
-    """[out, in]. diagonals: r [out] and c [in] of each F_i = r c^T. A delta None is zero; its F_i counts."""
+    """[out, in]. diagonals: r [out] and c [in] of each F_i = r c^T. A delta None is zero; its F_i counts. Where no run
+    has any information the mean by w_i stands; the authors' code has a floor of 1e-6 there."""
     rows, columns = diagonals[0]
     whole, total = rows.new_zeros(len(rows), len(columns)), rows.new_zeros(len(rows), len(columns))
     mean = torch.zeros_like(whole)
