@@ -80,6 +80,18 @@ def prepare(folder: Path) -> None:
         write_text(folder / TEXT, json.dumps([json.loads(line)["0"] for line in lines]))
 
 
+def trained(out: Path, tree: dict[str, Any], start_from: Path | None = None) -> Path:
+    """The run folder `out`: trained by the recipe `tree`, without samples and report, unless it is there and ended."""
+    from qtune.recipe import Recipe
+    from qtune.trainer import train
+
+    if not (out / "run.json").exists() or "ended" not in json.loads((out / "run.json").read_text("utf-8")):
+        train_keys = {**tree["train"], "samples": 0, "report": False}
+        recipe = Recipe.load({**tree, "train": train_keys, "output": str(out)})
+        train(recipe, overwrite=True, start_from=start_from)
+    return out
+
+
 def cell_parser(doc: str, only: str, full: str) -> argparse.ArgumentParser:
     """The options that all of them have. doc: the script's; only, full: what these say."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cells import Rows, prepare
+from cells import Rows, prepare, trained
 from load import SHAPE, make_checkpoint
 from measure import PeakMemory, status
 from results import FOLDER
@@ -91,21 +91,15 @@ class Tasks:
     def train(self, name: str, files: list[Path]) -> Path:
         """A run on these files, unless it is there."""
         from qtune.demo import MODEL_FILE
-        from qtune.recipe import Recipe
-        from qtune.trainer import train
 
-        out = self.runs / name
-        if not (out / "run.json").exists() or "ended" not in json.loads((out / "run.json").read_text()):
-            length = {"steps": 2} if self.smoke else {"epochs": 1}
-            train(Recipe.load({
-                "model": str(self.folder / "model" / MODEL_FILE), "dtype": "bfloat16", "output": str(out),
-                "scheme": {"name": "nf4", "block": 64},
-                "adapter": {"method": "lora", "rank": RANK, "alpha": 2.0 * RANK},
-                "data": {"train": [{"file": str(file)} for file in files], "max_length": LENGTH},
-                "train": {"micro_batch": 8, "lr": 2.5e-4, "schedule": "linear", "warmup": 0.05, "checkpointing": False,
-                          "samples": 0, "report": False, **length},
-            }), overwrite=True)  # fmt: skip
-        return out
+        length = {"steps": 2} if self.smoke else {"epochs": 1}
+        return trained(self.runs / name, {
+            "model": str(self.folder / "model" / MODEL_FILE), "dtype": "bfloat16",
+            "scheme": {"name": "nf4", "block": 64}, "adapter": {"method": "lora", "rank": RANK, "alpha": 2.0 * RANK},
+            "data": {"train": [{"file": str(file)} for file in files], "max_length": LENGTH},
+            "train": {"micro_batch": 8, "lr": 2.5e-4, "schedule": "linear", "warmup": 0.05, "checkpointing": False,
+                      **length},
+        })  # fmt: skip
 
     def all(self) -> None:
         """Every row that is missing."""

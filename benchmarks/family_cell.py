@@ -79,10 +79,12 @@ def ranks(sites: dict[str, Any], first: dict[str, Any]) -> dict[str, float]:
 
     effective: exp of the entropy of the singular values divided by their sum (Roy and Vetterli 2007). stable: the sum
     of their squares by the largest square. numerical: those above 1e-4 of the largest. size: norm, by the weight's.
+    Nothing where no weight does what the method does, or nothing was learned.
     """
     import torch
 
     found = []
+    sites = {name: site for name, site in sites.items() if site.adapter.mergeable}
     for name, site in sites.items():
         block = re.search(r"\.(\d+)\.", name)
         if block and int(block[1]) % THIRD == 0:

@@ -4,8 +4,9 @@
 SmolLM2-135M on nf4, rank 16 on every linear layer, 40 steps of 8 a task. In this order: the demo's headlines (satire or
 news), hearts (has a patient a heart disease, after eleven findings), origin (is the start of a text of Wikipedia or of
 the web); all out of the package evals, 400 examples each and 100 held out. After each task the loss and accuracy on
-all three. Ways: `lora` trained on, `olora_cl` with and without its penalty, an adapter for each task (its own task's is
-used; or all so far by `qtune combine`), and one run on all tasks mixed, of as many steps as the three have together.
+all three. Ways: `lora` trained on, `olora_cl` with and without its penalty, `amlora`, an adapter for each task (its own
+task's is used; or all so far by `qtune combine`), and one run on all tasks mixed, of as many steps as the three have
+together.
 A cell is a way and a seed, in a process of its own; a row for each run. `--full`: 5 seeds. `--smoke`: 2 steps, 16
 examples held out, one seed, into a file that is not kept.
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import TEXT_FILE, Rows, begin, cell_parser, each_apart, given, prepare, with_smoke
+from cells import TEXT_FILE, Rows, begin, cell_parser, each_apart, given, prepare, trained, with_smoke
 from results import FOLDER
 
 RESULTS = FOLDER / "forgetting.jsonl"
@@ -34,6 +35,7 @@ CHAINS: dict[str, dict[str, Any]] = {
     "lora, trained on": {"method": "lora"},
     "olora_cl, penalty 0.5": {"method": "olora_cl", "penalty": 0.5},
     "olora_cl, penalty 0": {"method": "olora_cl", "penalty": 0.0},
+    "amlora": {"method": "amlora"},
 }
 APART, MIXED, UNTRAINED = "one lora a task", "one lora, tasks mixed", "untrained"
 COMBINED = {"concat": "these by concat", "ties": "these by ties"}
@@ -168,21 +170,14 @@ class Work:
     ) -> Path:  # fmt: skip
         """A run on these tasks, unless it is there."""
         from qtune.demo import MODEL_FILE
-        from qtune.recipe import Recipe
-        from qtune.trainer import train
 
-        out = self.runs / name
-        if not (out / "run.json").exists() or "ended" not in json.loads((out / "run.json").read_text()):
-            train(Recipe.load({
-                "model": str(self.folder / "model" / MODEL_FILE), "dtype": "bfloat16", "output": str(out),
-                "scheme": {"name": "nf4", "block": 64},
-                "adapter": {**adapter, "rank": RANK, "alpha": 2.0 * RANK},
-                "data": {"train": [{"file": str(file(self.folder, t, "train"))} for t in tasks], "max_length": LENGTH},
-                "train": {"steps": steps or self.steps, "micro_batch": BATCH, "lr": RATE, "schedule": "linear",
-                          "warmup": 0.05, "checkpointing": False, "samples": 0, "report": False,
-                          "seed": self.cell.seed},
-            }), overwrite=True, start_from=before)  # fmt: skip
-        return out
+        return trained(self.runs / name, {
+            "model": str(self.folder / "model" / MODEL_FILE), "dtype": "bfloat16",
+            "scheme": {"name": "nf4", "block": 64}, "adapter": {**adapter, "rank": RANK, "alpha": 2.0 * RANK},
+            "data": {"train": [{"file": str(file(self.folder, t, "train"))} for t in tasks], "max_length": LENGTH},
+            "train": {"steps": steps or self.steps, "micro_batch": BATCH, "lr": RATE, "schedule": "linear",
+                      "warmup": 0.05, "checkpointing": False, "seed": self.cell.seed},
+        }, before)  # fmt: skip
 
     def losses(self, run: Path, tasks: Sequence[str], *, enabled: bool = True) -> dict[str, Any]:
         """Loss and accuracy of a run, or of its base, on what these tasks hold out."""

@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cells import TEXT, Rows, prepare
+from cells import TEXT, Rows, prepare, trained
 from results import FOLDER
 
 RESULTS = FOLDER / "serving.jsonl"
@@ -248,21 +248,16 @@ class Work:
 
     def run(self, name: str) -> Path:
         """A run, trained unless it is there."""
-        from qtune.recipe import Recipe
         from qtune.safe_io import write_text
-        from qtune.trainer import train
 
-        out = self.runs / name
-        if not (out / "run.json").exists() or "ended" not in json.loads((out / "run.json").read_text()):
-            texts = json.loads((self.folder / TEXT).read_text("utf-8"))[:-PROMPTS]
-            self.runs.mkdir(parents=True, exist_ok=True)
-            write_text(self.runs / "texts.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
-            train(Recipe.load({
-                "model": str(self.model), "dtype": "float32", "scheme": "nf4", "adapter": RUNS[name],
-                "data": {"train": str(self.runs / "texts.jsonl"), "max_length": LENGTH}, "output": str(out),
-                "train": {"steps": self.steps, "micro_batch": BATCH, "lr": RATE, "samples": 0, "report": False},
-            }), overwrite=True)  # fmt: skip
-        return out
+        texts = json.loads((self.folder / TEXT).read_text("utf-8"))[:-PROMPTS]
+        self.runs.mkdir(parents=True, exist_ok=True)
+        write_text(self.runs / "texts.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return trained(self.runs / name, {
+            "model": str(self.model), "dtype": "float32", "scheme": "nf4", "adapter": RUNS[name],
+            "data": {"train": str(self.runs / "texts.jsonl"), "max_length": LENGTH},
+            "train": {"steps": self.steps, "micro_batch": BATCH, "lr": RATE},
+        })  # fmt: skip
 
     def made(self, name: str, run: str) -> Path:
         """A file or folder of a run, written unless it is there."""

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapted, Adapter
+from .adapters import METHODS, Adapted, Adapter
 from .adapters.files import load_adapter, load_first, starts_elsewhere
 from .adapters.sites import SHARED
 from .adapters.starts import difference
@@ -144,8 +144,9 @@ def _merge(run: Run, out: Path, partial_out: Path, dtype: str, keep_base: str, s
 
 
 def check_merge(recipe: Recipe, out: Path, dtype: str, keep_base: str, overwrite: bool) -> None:
-    """Raises QtuneError for what is known to be wrong before anything is loaded: an unknown option, or an `out` that is
-    the base, is not a checkpoint, or is one and may not be replaced."""
+    """Raises QtuneError for what is known to be wrong before anything is loaded: an unknown option, a method that no
+    weight holds, or an `out` that is the base, is not a checkpoint, or is one and may not be replaced."""
+    METHODS[recipe.adapter.method].check_merges()
     choices = (("dtype", dtype, DTYPES), ("--keep-base", keep_base, KEEP_BASE))
     faults = [str(one_of(what, given, legal)) for what, given, legal in choices if given not in legal]
     base = Path(recipe.model).expanduser()

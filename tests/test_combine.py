@@ -94,10 +94,14 @@ def test_factors_are_measured_without_their_product() -> None:
 
 @pytest.mark.parametrize("method", SHIPPED)
 def test_every_method_has_a_delta(method: str, tmp_path: Path) -> None:
-    """With values as after training: W' - W; a changed bias is refused."""
+    """With values as after training: W' - W; a changed bias is refused, and what no weight does."""
     case = Case(method, "nf4", tmp_path)
     case.scheme = "int4" if case.refused() else "nf4"
     for name, site in adapted_sites(case.model(stirred=True)).items():
+        if not site.adapter.mergeable:
+            with pytest.raises(QtuneError, match="no weight does the same"):
+                delta_of(site, name)
+            continue
         weight, bias = site.merged()
         if bias is not None and not torch.equal(bias, site.base.bias.float()):
             with pytest.raises(QtuneError, match="changes the layer's bias"):

@@ -104,6 +104,8 @@ def test_ranks_of_what_was_learned(family: ModuleType) -> None:
     entropy = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25))
     assert found["effective"] == pytest.approx(math.exp(entropy), rel=1e-4)
     assert found["stable"] == pytest.approx(24 / 16, rel=1e-4) and found["numerical"] == 3
+    apart = adapt(Model(), AdapterSpec("amlora", ("up_proj",)))
+    assert work.ranks(apart, apart) == {}, "no weight does the same"
 
 
 def test_table_and_picture(family: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,10 @@ def starts_near_the_weight(case: Case, model: Tiny) -> None:
 
 def merge_equals_forward(case: Case) -> None:
     for site in adapted_sites(case.model(stirred=True)).values():
+        if not site.adapter.mergeable:
+            with pytest.raises(QtuneError, match="no weight does the same"):
+                site.merged()
+            continue
         x = inputs(shape=(TOKENS, site.base.in_features))
         site.eval()
         for name, (weight, bias) in {

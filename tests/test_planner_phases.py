@@ -210,7 +210,8 @@ def by_method(folder: Path) -> Callable[[str], Plan]:
 def has_all_phases(plan: Plan, device: Any) -> None:
     found = {phase.name: phase for phase in phases.phases_of(plan)}
     before = [phases.STREAMED] if plan.recipe.adapter.needs() else ["load and quantize", "adapter start"]
-    assert list(found) == [*before, "train", "evaluate", "save", "merge"]
+    merge = ["merge"] * METHODS[plan.recipe.adapter.method].mergeable
+    assert list(found) == [*before, "train", "evaluate", "save", *merge]
     weights = plan.groups["weights"]
     assert all(phase.device > weights and phase.note for phase in found.values())
     assert found["train"].device == plan.process

@@ -43,19 +43,6 @@ class Source:
     grad: Tensor | None = None
 
 
-def check_gram(gram: Tensor | None, base: QuantLinear, name: str) -> None:
-    """Raises QtuneError for second moments that are absent, of another shape than the layer's inputs, NaN or
-    infinite."""
-    width = base.in_features
-    if gram is None or gram.shape != (width, width):
-        found = gram if gram is None else tuple(gram.shape)
-        raise QtuneError("Q706", f"{name}: second moments must be {width} x {width}, not {found}")
-    if not gram.is_meta and not torch.isfinite(gram).all():
-        raise QtuneError(
-            "Q706", f"{name}: second moments are not finite; did the model overflow on the calibration text?"
-        )
-
-
 @dataclass(frozen=True)
 class Start:
     """How far a layer is from its weight W before packing, as a fraction of W: of the base packed plainly, and of base
@@ -138,6 +125,16 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     # ---- derived, overridden rarely ----
+
+    @classmethod
+    def check_merges(cls) -> None:
+        """Raises QtuneError where what the method does hangs on the input, so that no weight does the same."""
+        if not cls.mergeable:
+            raise QtuneError(
+                "Q421",
+                f"adapter method {cls.method} decides by the input what it adds: no weight does the same, so that it "
+                "cannot be merged, combined or written as a LoRA; use the run itself, as qtune chat and qtune eval do",
+            )
 
     def low_rank(self, base: QuantLinear) -> tuple[Tensor, Tensor, float] | None:
         """A [r, in], B [out, r] and s where all that the method does to `base` is to add s B A to its weight."""
@@ -325,7 +322,8 @@ class Adapted(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> tuple[Tensor, Tensor | None]:
-        """Dense fp32 weight and bias of base and adapter together, dropout off."""
+        """Dense fp32 weight and bias of base and adapter together, dropout off. QtuneError where there are none."""
+        self.adapter.check_merges()
         mode = self.adapter.training
         self.adapter.eval()
         try:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..errors import QtuneError
 from ..quant import Dense, QuantLinear, matches
 from ..quant.scheme import DTYPES
-from .base import ALL_LINEAR, METHODS, PROBE_ROWS, Adapted, AdapterSpec, Source, Start, check_gram
+from .base import ALL_LINEAR, METHODS, PROBE_ROWS, Adapted, AdapterSpec, Source, Start
+from .starts import check_gram
 
 MANY = "qtune_adapters"  # the model's attribute that holds its adapters where many are loaded (many.py)
 SHARED = "adapter_shared"  # the model's child that holds what a method's sites share

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import QtuneError, one_of
 from ..quant import Dense, QuantLinear, Scheme
-from .base import Source, check_gram
+from .base import Source
 from .lora import LoRA
 
 OVERSAMPLE = 10  # columns beyond the rank: Halko et al. section 1.3 call 5 or 10 enough
@@ -30,7 +30,20 @@ NO_ERROR = "a dense base has no quantization error to correct; take lora or piss
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
-# ---- options
+# ---- options and second moments
+
+
+def check_gram(gram: Tensor | None, base: QuantLinear, name: str) -> None:
+    """Raises QtuneError for second moments that are absent, of another shape than the layer's inputs, NaN or
+    infinite."""
+    width = base.in_features
+    if gram is None or gram.shape != (width, width):
+        found = gram if gram is None else tuple(gram.shape)
+        raise QtuneError("Q706", f"{name}: second moments must be {width} x {width}, not {found}")
+    if not gram.is_meta and not torch.isfinite(gram).all():
+        raise QtuneError(
+            "Q706", f"{name}: second moments are not finite; did the model overflow on the calibration text?"
+        )
 
 
 def check_rank(base: QuantLinear, rank: int, slices: int = 1) -> None:

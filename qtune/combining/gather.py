@@ -62,8 +62,9 @@ class Given:
 
 
 def given(folder: Path, screen: Screen) -> Given:
-    """Raises QtuneError where it is no run, or its files are damaged."""
+    """Raises QtuneError where it is no run, its files are damaged, or no weight does what its adapter does."""
     recipe, run = read_recipe(folder), run_of(folder)
+    METHODS[recipe.adapter.method].check_merges()
     adapter, note = adapter_in(folder)
     if note:
         screen.line(f"note: {note}", "yellow")

@@ -35,6 +35,7 @@ def train(args: argparse.Namespace, screen: Any, emit: Callable[[Any], None]) ->
     """Train, and say what is there and what comes next. Raises SystemExit(130) where the run was interrupted."""
     import shlex
 
+    from ..adapters import METHODS
     from ..adapters.files import FIRST, INFO, TENSORS
     from ..model.names import KEPT
     from ..report.page import PAGE
@@ -61,7 +62,8 @@ def train(args: argparse.Namespace, screen: Any, emit: Callable[[Any], None]) ->
     if result.interrupted:
         screen.line(f"go on:  {way_on(run)}")
     quoted = shlex.quote(str(run))
-    screen.line(f"next:  qtune eval {quoted}   qtune merge {quoted}   qtune chat {quoted}")
+    words = ("eval", *["merge"] * METHODS[recipe.adapter.method].mergeable, "chat")
+    screen.line("next:  " + "   ".join(f"qtune {word} {quoted}" for word in words))
     evals = {name: e.to_dict() for name, e in (("before", result.before), ("after", result.after)) if e is not None}
     emit({
         "run": run, "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds,

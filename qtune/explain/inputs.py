@@ -296,6 +296,11 @@ Several adapters are loaded, and what was asked for needs what one of them, or t
 each sample, parts of rank one, the tokenizer of all.
 > The message says what is legal there: one mixture for all samples, whole adapters, or one adapter alone.
 
+Q421 A change that no weight holds
+The adapter decides for each token what it adds, so that there is no weight that does the same: it cannot be merged,
+combined, inspected or written as a LoRA.
+> Use the run itself: qtune chat and qtune eval take it. For a checkpoint, train with a method that merges, as olora_cl.
+
 Q430 A dropout that this architecture does not allow
 The model computes its attention by itself, so that no key can be left out, or its layers have no MLP that qtune knows.
 > Set the key that the message names to 0; adapter.dropout works with every model.

@@ -42,16 +42,18 @@ MERGED = torch.bfloat16  # the dtype that `qtune merge` writes where it is not t
 
 
 def phases_of(plan: Plan) -> tuple[Phase, ...]:
-    """Every phase of the plan's job, in order of time."""
+    """Every phase of the plan's job, in order of time. No merge where no weight does what the method does."""
     model = maker(plan.model, plan.recipe)()
     place(model, plan.recipe.memory, plan.device)
     loading = loading_of(plan)
     start = () if streams(plan.recipe) else (start_phase(plan, model),)  # else it is a part of loading
-    save, merging = save_phase(plan, model, loading), Merging(plan, model)
+    save = save_phase(plan, model, loading)
+    merging = Merging(plan, model) if METHODS[plan.recipe.adapter.method].mergeable else None
     cut(model, pattern(model))  # from here on few layers do
-    merge = merging.phase(model)  # before the model's modules become faster twins, which merging does without
+    # before the model's modules become faster twins, which merging does without
+    merge = () if merging is None else (merging.phase(model),)
     evaluate = evaluate_phase(plan, model)
-    return (*_download(plan, loading), load_phase(plan, loading), *start, _train_phase(plan), evaluate, save, merge)
+    return (*_download(plan, loading), load_phase(plan, loading), *start, _train_phase(plan), evaluate, save, *merge)
 
 
 def _host(plan: Plan, held: int) -> int:
