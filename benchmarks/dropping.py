@@ -11,15 +11,13 @@ always stays; that one is measured and its layer's part taken off.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from measure import percentiles, take_turns
+from measure import demo_on_nf4, percentiles, take_turns
 from results import FOLDER, write_rows
 
 RESULTS = FOLDER / "dropping.jsonl"
@@ -50,15 +48,10 @@ def main() -> None:
     import torch
 
     from qtune.adapters import AdapterSpec, adapt
-    from qtune.demo import MODEL_FILE, fetch
     from qtune.loss import loss_options
     from qtune.memory.layers import layers_of
-    from qtune.model import load, load_tokenizer
     from qtune.model.layerwise import decoder_layers
     from qtune.optim import Optimizer
-    from qtune.quant import NF4
-    from qtune.runs import pick_device
-    from qtune.screen import Screen
     from qtune.sections import MemoryKeys, TrainKeys
     from qtune.step import LanguageModel, TrainStep
 
@@ -66,15 +59,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="steps of each way that are counted")
     parser.add_argument("--folder", type=Path, help="where model and data lie or go")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as fresh:
-        folder = options.folder or Path(fresh)
-        fetch(folder, Screen(quiet=True))
-        pick_device("cpu")
-        model = load(folder / "model" / MODEL_FILE, NF4(), dtype=torch.bfloat16)
-        tokenizer = load_tokenizer(folder / "model" / MODEL_FILE)
-        records = (folder / "train.jsonl").read_text("utf-8").splitlines()
-    texts = (message["content"] for record in records for message in json.loads(record)["messages"])
-    ids = torch.tensor(tokenizer("\n".join(texts))["input_ids"][: ROWS * LENGTH]).view(ROWS, LENGTH)
+    model, text = demo_on_nf4(options.folder)
+    ids = torch.tensor(text[: ROWS * LENGTH]).view(ROWS, LENGTH)
     batch = SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     adapt(model, AdapterSpec("lora", (), {"rank": RANK}))
     language, memory = LanguageModel(model), MemoryKeys()
@@ -87,7 +73,7 @@ def main() -> None:
     def run(checkpointing: bool, way: dict[str, float]) -> None:
         keys: Any = TrainKeys(checkpointing=checkpointing, **way)
         language.loss = loss_options(keys, memory, "cpu")
-        language.arrange(keys, memory, folder)
+        language.arrange(keys, memory, Path())
         step([batch], 1, 1, 1.0)
         language.restore()
         assert layers_of(model) is None

@@ -1,12 +1,16 @@
-"""What the benchmarks share: the peak of a process's own memory, percentiles, turns between providers."""
+"""What the benchmarks share: the peak of a process's own memory, percentiles, turns between providers, a real model."""
 
 from __future__ import annotations
 
+import json
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 
 def status(field: str) -> int:
@@ -61,3 +65,25 @@ def take_turns(
             if round_:
                 times[name].append(time.perf_counter() - start)
     return times
+
+
+def demo_on_nf4(folder: Path | None) -> tuple[Any, list[int]]:
+    """SmolLM2-135M on NF4 in bf16 on the CPU, and the token ids of the demo's text. folder: where both lie or go; None:
+    one that goes again."""
+    import torch
+
+    from qtune.demo import MODEL_FILE, fetch
+    from qtune.model import load, load_tokenizer
+    from qtune.quant import NF4
+    from qtune.runs import pick_device
+    from qtune.screen import Screen
+
+    with tempfile.TemporaryDirectory() as fresh:
+        folder = folder or Path(fresh)
+        fetch(folder, Screen(quiet=True))
+        pick_device("cpu")
+        model = load(folder / "model" / MODEL_FILE, NF4(), dtype=torch.bfloat16)
+        tokenizer = load_tokenizer(folder / "model" / MODEL_FILE)
+        records = (folder / "train.jsonl").read_text("utf-8").splitlines()
+    texts = (message["content"] for record in records for message in json.loads(record)["messages"])
+    return model, tokenizer("\n".join(texts))["input_ids"]

@@ -10,7 +10,7 @@ from typing import Any
 from results import FOLDER, latest
 
 PICTURE = FOLDER.parent.parent / "docs" / "methods.svg"  # what family.py draws
-
+# Layer error after the start by the plain base's, 4-bit LLaMA-3.2-3B: QWHA (arXiv 2509.17428), tables 2 and 7
 QWHA_PAPER = {
     "qwha, no exchange, no refinement": 7.06 / 7.21,
     "qwha, no exchange, uniform, random": 5.96 / 7.21,

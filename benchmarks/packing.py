@@ -11,28 +11,24 @@ Then both evaluate all examples with the same weights: the losses must agree.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import tempfile
 import time
 from array import array
 from pathlib import Path
 from typing import Any
 
-from measure import percentiles
+from measure import demo_on_nf4, percentiles
 from results import FOLDER, write_rows
 
 RESULTS = FOLDER / "packing.jsonl"
 COUNT, ROWS, MEDIAN, SPREAD, LONGEST = 400, 8, 100, 0.65, 512
 
 
-def examples(folder: Path, tokenizer: Any) -> list[Any]:
-    """Stretches of the task's text, the second half of each trained."""
+def examples(ids: list[int]) -> list[Any]:
+    """Stretches of a text, the second half of each trained."""
     from qtune.data import Example
 
-    records = (folder / "train.jsonl").read_text("utf-8").splitlines()
-    texts = (message["content"] for record in records for message in json.loads(record)["messages"])
-    ids, draw, at, found = tokenizer("\n".join(texts))["input_ids"], random.Random(0), 0, []
+    draw, at, found = random.Random(0), 0, []
     for number in range(COUNT):
         length = min(LONGEST, max(16, round(MEDIAN * draw.lognormvariate(0, SPREAD))))
         if at + length > len(ids):
@@ -44,30 +40,20 @@ def examples(folder: Path, tokenizer: Any) -> list[Any]:
 
 
 def main() -> None:
-    import torch
 
     from qtune.adapters import AdapterSpec, adapt
     from qtune.batches import Capacity, padding, stream
-    from qtune.demo import MODEL_FILE, fetch
     from qtune.evaluate import evaluate
     from qtune.memory.boundaries import Boundaries
-    from qtune.model import load, load_tokenizer
     from qtune.optim import Optimizer
-    from qtune.quant import NF4
-    from qtune.runs import pick_device
-    from qtune.screen import Screen
     from qtune.step import LanguageModel, TrainStep
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=20, help="steps of each that are counted")
     parser.add_argument("--folder", type=Path, help="where model and data lie or go")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as fresh:
-        folder = options.folder or Path(fresh)
-        fetch(folder, Screen(quiet=True))
-        pick_device("cpu")
-        model = load(folder / "model" / MODEL_FILE, NF4(), dtype=torch.bfloat16)
-        some = examples(folder, load_tokenizer(folder / "model" / MODEL_FILE))
+    model, text = demo_on_nf4(options.folder)
+    some = examples(text)
     adapt(model, AdapterSpec("lora", (), {"rank": 16}))
     language = LanguageModel(model)
     language.choose_attention(LONGEST, packed=True)

@@ -153,9 +153,6 @@ def plan_table(rows: list[dict[str, Any]]) -> list[str]:
     return table
 
 
-# Layer error after the start by the plain base's, 4-bit LLaMA-3.2-3B: QWHA (arXiv 2509.17428), tables 2 and 7
-
-
 def seven_b_table(rows: list[dict[str, Any]]) -> list[str]:
     """One step of a 7B: memory planned and measured, time beside the products' limit."""
     table = [

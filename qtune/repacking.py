@@ -25,7 +25,7 @@ from .adapters import METHODS, Adapted, AdapterSpec, Source, adapted_sites
 from .adapters.sites import begin, place
 from .errors import QtuneError, listed
 from .memory.layers import device_of
-from .model.layerwise import Grams, Layerwise, decoder_layers
+from .model.layerwise import Grams, Layerwise, by_layer
 from .model.loading import packed_sites
 from .quant import Dense, Parts, QuantLinear, Scheme
 from .quant.calibrate import CODES, choose, refuses, too_little
@@ -138,14 +138,14 @@ class _Repacking:
         """Pack as text goes by: the layers in their order, each read by the text as the layers below were packed; then
         what stands outside of them."""
         walk = Layerwise(self.model, windows, device_of(self.model))
-        groups = self._groups()
-        outside = groups.pop(len(walk.layers), [])
-        for number in range(max(groups, default=-1) + 1):
-            if names := groups.get(number):
+        inside, outside = by_layer(self.model, self.names)
+        last = max((number for number, names in enumerate(inside) if names), default=-1)
+        for number, names in enumerate(inside[: last + 1]):
+            if names:
                 grams = self._grams(names, partial(walk.pass_through, number, advance=False))
                 self.pack(names, grams, advance)
                 del grams
-            if number < max(groups):
+            if number < last:
                 walk.pass_through(number, advance=True)
         if outside:
             self.pack(outside, self._grams(outside, partial(self._run, windows)), advance)
@@ -153,16 +153,6 @@ class _Repacking:
     def _run(self, windows: Tensor) -> None:
         for window in windows:
             self.model(input_ids=window[None].to(device_of(self.model)), use_cache=False)
-
-    def _groups(self) -> dict[int, list[str]]:
-        """The names in each decoder layer, by its number; those outside of the layers under the number behind."""
-        stack, layers = decoder_layers(self.model)
-        groups: dict[int, list[str]] = {}
-        for name in self.names:
-            inside = name.startswith(stack + ".")
-            number = int(name[len(stack) + 1 :].partition(".")[0]) if inside else len(layers)
-            groups.setdefault(number, []).append(name)
-        return groups
 
     def _grams(self, names: list[str], run: Callable[[], None]) -> dict[str, Tensor]:
         """Second moments [in, in], fp32, of the inputs of each layer while `run` lasts. An expert that too little text

@@ -1,10 +1,14 @@
-"""What every test gets: no network, a fixed seed, few threads. `poisoned` is for kernels that must fill a result."""
+"""What every test gets: no network, a fixed seed, few threads. `script` imports one of benchmarks/, `poisoned` is for
+kernels that must fill a result."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,6 +31,13 @@ def seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (libraries draw from the legacy generator)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A script of benchmarks/ by its name, imported as it imports the others."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    return importlib.import_module
 
 
 @pytest.fixture

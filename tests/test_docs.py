@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,9 +252,8 @@ def test_python_on_the_pages_names_what_is_there(pages: Pages) -> None:
 # ---- figures
 
 
-def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    tables = importlib.import_module("tables")
+def test_tables_are_those_of_the_results(script: Callable[[str], Any]) -> None:
+    tables = script("tables")
     for page in tables.pages():
         text = page.read_text("utf-8")
         names = re.findall(r"^<!-- (?!end)([\w-]+) -->$", text, re.M)

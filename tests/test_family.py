@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +20,8 @@ from qtune.quant import NF4
 
 
 @pytest.fixture
-def family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    module = importlib.import_module("family")
+def family(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    module = script("family")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "family.jsonl")
     return module
 

@@ -1,8 +1,6 @@
 """The stock stack on meta against the real libraries on a CPU, against itself uncut, and against published rows."""
 
-import importlib
 from collections import Counter
-from pathlib import Path
 
 import bitsandbytes as bnb
 import peft
@@ -256,9 +254,8 @@ def test_targets_that_match_nothing_are_refused():
 @pytest.mark.parametrize(
     "name", [*("S16", "F11e", "F13", "P8"), *(pytest.param(name, marks=SLOW) for name in ("S18", "C2", "F7", "H9"))]
 )
-def test_published_rows(monkeypatch, name):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    benchmark = importlib.import_module("published")
+def test_published_rows(script, name):
+    benchmark = script("published")
     row = next(row for row in benchmark.read_rows() if row["id"] == name)
     assert abs(benchmark.compared(row)["error"]) < 0.01
 

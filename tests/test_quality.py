@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +14,10 @@ LR = {"lora": 1e-3, "qwha": 1e-4, "cloq": 3e-4}
 
 
 @pytest.fixture
-def quality(monkeypatch, tmp_path) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    module = importlib.import_module("quality")
+def quality(script, monkeypatch, tmp_path) -> ModuleType:
+    module = script("quality")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "quality.jsonl")
-    monkeypatch.setattr(importlib.import_module("tables"), "FOLDER", tmp_path)
+    monkeypatch.setattr(script("tables"), "FOLDER", tmp_path)
     return module
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -367,9 +367,8 @@ def test_keys_for_the_docs() -> None:
     assert not [name for name in rows if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", name)]
 
 
-def test_every_method_has_a_recipe_that_says_what_came_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    recipes = importlib.import_module("recipes")
+def test_every_method_has_a_recipe_that_says_what_came_out(script: Callable[[str], Any]) -> None:
+    recipes = script("recipes")
     rows = {row["recipe"]: row for row in recipes.read_rows(recipes.RESULTS)}
     found = {path.stem: path for path in (ROOT / "configs" / "methods").glob("*.yaml")}
     assert set(found) == set(METHODS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,9 +26,8 @@ TIE = 1e-4  # nats: below it, sums of fp32 in another order may choose another t
 
 
 @pytest.fixture
-def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    module = importlib.import_module("serving")
+def serving(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    module = script("serving")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "serving.jsonl")
     return module
 

@@ -143,7 +143,8 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def merged(self, base: QuantLinear) -> tuple[Tensor, Tensor | None]:
         """The dense fp32 weight [out, in] and bias [out] that compute the same as `forward`: by `low_rank`, or by
-        probing. Other additive methods override it."""
+        probing. Other additive methods override it. QtuneError where no weight does (`check_merges`)."""
+        self.check_merges()
         if (factors := self.low_rank(base)) is not None:
             A, B, scale = factors
             weight = base.dequantize(torch.float32).addmm_(B.float(), A.float(), alpha=scale)
@@ -323,7 +324,6 @@ class Adapted(nn.Module):
     @torch.no_grad()
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """Dense fp32 weight and bias of base and adapter together, dropout off. QtuneError where there are none."""
-        self.adapter.check_merges()
         mode = self.adapter.training
         self.adapter.eval()
         try:

@@ -28,16 +28,15 @@ from torch import Tensor, nn
 from ..adapters.carried import generator
 from ..adapters.sites import place
 from ..batches import collate
-from ..data import Example, load_source
+from ..data import Example
 from ..errors import QtuneError
 from ..loss import IGNORED, cross_entropy_sum
 from ..memory.boundaries import Boundaries
 from ..memory.layers import device_of, layers_of
-from ..runs import tokenizer_of
 from ..screen import Screen
 from ..step import LanguageModel
 from .gather import Deltas, Given
-from .moments import by_layer
+from .moments import bases_by_layer, own_examples
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,8 @@ class Diagonal:
 
 def examples_of_run(run: Given, seed: int, screen: Screen) -> list[Example]:
     """Of the run's own training data as many records as its recipe's calibrate.samples, drawn by the seed."""
-    recipe = run.recipe
-    if recipe.data.train is None:
-        raise QtuneError("Q106", f"{run.folder}: its recipe names no data.train, and fisher weighs by what it answers")
-    every, _ = load_source(recipe.data.train, tokenizer_of(recipe)[0], recipe.data, seed=recipe.train.seed)
-    found = random.Random(seed).sample(every, min(len(every), recipe.calibrate.samples))
+    every = own_examples(run, "fisher weighs by what it answers")
+    found = random.Random(seed).sample(every, min(len(every), run.recipe.calibrate.samples))
     screen.line(f"data  {run.folder}: {len(found)} records")
     return found
 
@@ -67,7 +63,7 @@ def information(
 
     Raises QtuneError for sites outside of the decoder's layers, and for a run whose gradients are zero or not finite.
     """
-    by_layer(deltas)  # refuses what cannot be looked at
+    bases_by_layer(deltas)  # refuses what cannot be looked at
     model = deltas.model
     language = LanguageModel(model)
     language.choose_attention(max(len(example.input_ids) for some in examples for example in some))

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from ..adapters.sites import place
-from ..data import load_source
+from ..data import Example, load_source
 from ..errors import QtuneError, listed
 from ..memory.layers import device_of
-from ..model.layerwise import Grams, Layerwise, decoder_layers, windows_of
+from ..model.layerwise import Grams, Layerwise, by_layer, windows_of
 from ..quant import QuantLinear
 from ..runs import tokenizer_of
 from ..screen import Screen
@@ -18,14 +18,17 @@ from .gather import Deltas, Given
 from .ways import shrunk
 
 
-def windows_of_run(run: Given, screen: Screen) -> Tensor:
-    """Token ids [samples, length] of the run's own training data, by its recipe's calibrate.samples and length."""
+def own_examples(run: Given, why: str) -> list[Example]:
+    """The run's own training data. Raises QtuneError, with `why` it is asked for, where its recipe names none."""
     recipe = run.recipe
     if recipe.data.train is None:
-        raise QtuneError("Q106", f"{run.folder}: its recipe names no data.train, and regmean weighs by what it reads")
-    tokenizer, _ = tokenizer_of(recipe)
-    examples, _ = load_source(recipe.data.train, tokenizer, recipe.data, seed=recipe.train.seed)
-    keys = recipe.calibrate
+        raise QtuneError("Q106", f"{run.folder}: its recipe names no data.train, and {why}")
+    return load_source(recipe.data.train, tokenizer_of(recipe)[0], recipe.data, seed=recipe.train.seed)[0]
+
+
+def windows_of_run(run: Given, screen: Screen) -> Tensor:
+    """Token ids [samples, length] of the run's own training data, by its recipe's calibrate.samples and length."""
+    examples, keys = own_examples(run, "regmean weighs by what it reads"), run.recipe.calibrate
     length = min(keys.length, sum(len(example.input_ids) for example in examples))
     windows = windows_of([example.input_ids for example in examples], keys.samples, length)
     screen.line(f"data  {run.folder}: {len(windows)} x {length} tokens")
@@ -38,7 +41,7 @@ def moments(deltas: Deltas, windows: Sequence[Tensor]) -> Iterator[dict[str, dic
 
     Raises QtuneError for sites outside of the layers.
     """
-    model, inside = deltas.model, by_layer(deltas)
+    model, inside = deltas.model, bases_by_layer(deltas)
     device = device_of(model)
     walks = [Layerwise(model, text, device) for text in windows]
     for index, names in enumerate(inside):
@@ -58,13 +61,12 @@ def moments(deltas: Deltas, windows: Sequence[Tensor]) -> Iterator[dict[str, dic
         yield {name: _whole(name, some, len(walks)) for name, some in found.items()}
 
 
-def by_layer(deltas: Deltas) -> list[dict[str, QuantLinear]]:
+def bases_by_layer(deltas: Deltas) -> list[dict[str, QuantLinear]]:
     """The bases in each decoder layer, by site. Raises QtuneError for sites outside of the layers."""
-    prefix, layers = decoder_layers(deltas.model)
-    inside = [{n: b for n, b in deltas.bases.items() if n.startswith(f"{prefix}.{i}.")} for i in range(len(layers))]
-    if outside := [name for name in deltas.bases if not any(name in names for names in inside)]:
+    inside, outside = by_layer(deltas.model, deltas.bases)
+    if outside:
         raise QtuneError("Q707", f"{listed(outside, 3)}: what a layer outside of the decoder reads is not gathered")
-    return inside
+    return [{name: deltas.bases[name] for name in names} for names in inside]
 
 
 def _whole(name: str, found: dict[int, Tensor], runs: int) -> dict[int, Tensor]:

@@ -9,7 +9,7 @@ else does not keep examples apart by `LanguageModel.check`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,10 +50,16 @@ def keep_apart(model: PreTrainedModel) -> None:
             "Q703",
             f"{type(model).__name__} has {what}, which cannot keep packed examples apart; set train.packing to false",
         )
-    name = f"{NAME}_{inner}"
-    AttentionInterface.register(name, partial(_apart, inner))
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[inner])
-    model.set_attn_implementation(name)
+    put_before(model, NAME, _apart)
+
+
+def put_before(model: PreTrainedModel, name: str, attend: Callable[..., tuple[Tensor, Any]]) -> None:
+    """From now on the model's attention is attend(inner, module, ...), `inner` the name in transformers' registry of
+    the one that it had, whose masks it gets."""
+    inner = model.config._attn_implementation
+    AttentionInterface.register(f"{name}_{inner}", partial(attend, inner))
+    AttentionMaskInterface.register(f"{name}_{inner}", AttentionMaskInterface()[inner])
+    model.set_attn_implementation(f"{name}_{inner}")
 
 
 def _apart(

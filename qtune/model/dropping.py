@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from ..errors import QtuneError
 from . import apart
@@ -73,10 +73,7 @@ def _watch(model: PreTrainedModel) -> None:
             f"{type(model).__name__} computes its attention by itself (kind {inner!r}), so that train.drop_keys cannot "
             "reach its keys; legal: 0",
         )
-    name = f"{NAME}_{inner}"
-    AttentionInterface.register(name, partial(_dropped, inner))
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[inner])
-    model.set_attn_implementation(name)
+    apart.put_before(model, NAME, _dropped)
 
 
 def _dropped(

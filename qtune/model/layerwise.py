@@ -7,7 +7,7 @@ Kept between layers: the hidden states of the text, on the CPU. Left out: encode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,17 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
     name = max(sizes, key=lambda n: (sizes[n], -len(n)))
     return name, lists[name]
+
+
+def by_layer(model: nn.Module, names: Iterable[str]) -> tuple[list[list[str]], list[str]]:
+    """The names of modules in each decoder layer, and those outside of the layers."""
+    stack, layers = decoder_layers(model)
+    inside: list[list[str]] = [[] for _ in layers]
+    outside: list[str] = []
+    for name in names:
+        at = name.removeprefix(f"{stack}.").partition(".")[0] if name.startswith(f"{stack}.") else None
+        (outside if at is None else inside[int(at)]).append(name)
+    return inside, outside
 
 
 def _packed(module: nn.Module) -> int:
