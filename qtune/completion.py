@@ -32,39 +32,40 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     values = {key: list(legal) for key, legal in keys()}
     complete = dict[str, Any](dict.fromkeys(SHELLS, KEYS)) | {"fish": f"({KEYS})", "preamble": _functions(values)}
     names = _names()
-    for action in _actions(parser):
+    for command, action in _actions(parser):
         if action.dest == "overrides" and action.metavar == "KEY=VALUE":
             action.complete = complete  # type: ignore[attr-defined]
-        elif action.dest in names and action.choices is None:
-            action.choices = names[action.dest]
+        elif (known := names.get(f"{command} {action.dest}", names.get(action.dest))) and action.choices is None:
+            action.choices = known
         elif action.metavar in FILES or action.metavar in FOLDERS:
             action.complete = shtab.FILE if action.metavar in FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
     made = str(shtab.complete(parser, shell))
     return made + _BASH if shell == "bash" else made
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Those of all commands."""
+def _actions(parser: argparse.ArgumentParser, command: str = "") -> Iterator[tuple[str, argparse.Action]]:
+    """Those of all commands, each with its command."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            for sub in action.choices.values():
-                yield from _actions(sub)
+            for name, sub in action.choices.items():
+                yield from _actions(sub, name)
         else:
-            yield action
+            yield command, action
 
 
 def _names() -> dict[str, list[str]]:
-    """What options take, by the name of the option."""
+    """What options take, by the name of the option, or by command and name where a command takes something else."""
     from .adapters import METHODS
     from .planner.devices import catalogue
     from .quant import SCHEMES
     from .quant.calibrate import CODES
     from .quant.scheme import DTYPES
+    from .repacking import MERGE_CODES
 
     schemes = sorted(SCHEMES)
     return {
         "method": sorted(METHODS), "scheme": schemes, "embeddings": schemes, "codes": list(CODES),
-        "dtype": list(DTYPES), "keep_base": ["trained", "original"],
+        "merge codes": list(MERGE_CODES), "dtype": list(DTYPES), "keep_base": ["trained", "original"],
         "device": ["cpu", "cuda", "auto", *catalogue()],
     }  # fmt: skip
 

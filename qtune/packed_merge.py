@@ -222,17 +222,20 @@ def _write_again(run: Run, out: Path, folder: Path, way: Way, least: float, scre
 
 
 def _refuse_little(way: Way, made: Repacked, least: float) -> None:
-    """Raises QtuneError where what was packed, with the remainder if there is one, leaves a smaller share."""
+    """Raises QtuneError where what was packed, with the remainder if there is one, leaves a smaller share, or goes as
+    far beyond all of it: rounding errors that happen to lie along a small change."""
     shares = made.packed if way.rank is None else made.both
-    if shares.all >= least:
+    if (good := 1 - abs(1 - shares.all)) >= least:
         return
-    low = sorted(shares.layers, key=lambda name: shares.layers[name])[:3]
+    told = f"{shares.all:.1%} of what was learned is left, less than {least:.0%}"
+    if shares.all > 1:
+        told = f"rounding makes {shares.all:.1%} of what was learned out of it, more than {2 - least:.0%}"
+    far = sorted(shares.layers, key=lambda name: -abs(1 - shares.layers[name]))[:3]
     raise QtuneError(
         "Q814",
-        f"packed as {way}, {shares.all:.1%} of what was learned is left, less than {least:.0%} "
-        f"(least in {', '.join(f'{name}: {shares.layers[name]:.1%}' for name in low)}). Merge without --keep, choose a "
-        f"finer scheme, other --codes ({', '.join(MERGE_CODES)}) or a larger --remainder, or give --least-kept "
-        f"{rounded_down(shares.all)}",
+        f"packed as {way}, {told} (farthest: {', '.join(f'{name} {shares.layers[name]:.1%}' for name in far)}). Merge "
+        f"without --keep, choose a finer scheme, other --codes ({', '.join(MERGE_CODES)}) or a larger --remainder, or "
+        f"give --least-kept {rounded_down(good)}",
     )
 
 

@@ -53,6 +53,8 @@ def test_bash_completes(scripts: dict[str, str], tmp_path: Path) -> None:
         "qtune train --dry": ["--dry-run"],
         "qtune train my.yaml train.lr=1 --over": ["--overwrite"],
         "qtune merge r": ["run"],
+        "qtune merge run --codes f": ["feedback"],
+        "qtune quantize m --codes f": [],
         "qtune plan --scheme nf": ["nf2", "nf3", "nf4"],
         "qtune plan --device rtx409": ["rtx4090"],
         "qtune completion f": ["fish"],

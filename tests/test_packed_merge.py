@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from qtune.cli import main
 from qtune.errors import QtuneError
 from qtune.model import load
 from qtune.model.loading import packed_sites
-from qtune.packed_merge import merge_packed, rounded_down
+from qtune.packed_merge import _refuse_little, merge_packed, rounded_down
+from qtune.quant import NF4
+from qtune.repacking import Repacked, Shares, Way
 from qtune.runs import Run, open_run
 from qtune.screen import Screen
 from qtune.trainer import train
@@ -63,6 +66,22 @@ def test_too_little_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(QtuneError, match=r"of what was learned is left, less than 100%.*--least-kept") as told:
         merge_packed(run, tmp_path / "out", "nf4", least=0.9999, screen=QUIET)
     assert told.value.code == "Q814" and not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(("share", "least", "told"), [
+    (0.5, 0.5, None), (1.49, 0.5, None), (0.49, 0.5, "49.0% of what was learned is left, less than 50%"),
+    (1.6, 0.5, "rounding makes 160.0% of what was learned out of it, more than 150%"), (1.6, 0.399, None),
+    (3.0, -1.0, None),
+])  # fmt: skip
+def test_a_share_far_beyond_all_of_it_is_no_better(share: float, least: float, told: str | None) -> None:
+    shares = Shares({"up_proj": share}, along=share, size=1.0)
+    for way, made in (Way(NF4()), Repacked(packed=shares)), (Way(NF4(), rank=2), Repacked(both=shares)):
+        if told is None:
+            _refuse_little(way, made, least)
+            continue
+        with pytest.raises(QtuneError, match=re.escape(told)) as found:
+            _refuse_little(way, made, least)
+        _refuse_little(way, made, float(str(found.value).rpartition(" ")[2]))
 
 
 @pytest.mark.parametrize("share", [0.00147, 0.1996, 0.25, 0.0, -0.0004])

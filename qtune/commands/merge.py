@@ -30,7 +30,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--least-kept", type=float, metavar="SHARE", help="with --keep, the least share of what was learned that "
-        "packing may leave, of all layers and with the remainder (0.5)",
+        "packing may leave, of all layers and with the remainder (0.5: half, and no more than one and a half)",
     )  # fmt: skip
     parser.add_argument(
         "--keep-base",

@@ -154,7 +154,8 @@ Architecture, configuration or tokenizer have no form in a GGUF file that is kno
 > Merge without --gguf, and convert the plain checkpoint with llama.cpp's convert_hf_to_gguf.py.
 
 Q814 Packing that loses what was learned
-Packing the merged weights again leaves less of the change than asked for: it is smaller than the steps between codes.
+Packing the merged weights again leaves less of the change than asked for, or by chance far more than all of it: it is
+smaller than the steps between codes.
 > Merge without --keep, choose a finer scheme (--keep int8), --codes feedback or gptq, keep what is lost beside it
 (--remainder 16), or give a smaller --least-kept.
 
