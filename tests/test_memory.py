@@ -1,4 +1,4 @@
-"""What the C allocator is told: freed memory stays, and is taken again without a fault."""
+"""What the C allocator is told: freed memory stays, and is taken again without a fault. Few products are remembered."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from qtune.memory.host import CACHES, small_caches
 
 ASK = """
 import resource, torch
@@ -90,3 +92,42 @@ def test_freed_memory_is_taken_again_without_faults() -> None:
     done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True)
     loose, kept = map(int, done.stdout.split())
     assert 3 * kept < loose
+
+
+SHAPES = """
+import sys, torch
+from qtune.memory import cuda
+if sys.argv[1] == "settled":
+    cuda.settle(torch.device("cpu"))
+torch.set_num_threads(1)
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+x, w = torch.randn(64, 576, dtype=torch.bfloat16), torch.randn(900, 576, dtype=torch.bfloat16)
+torch.nn.functional.linear(x, w)
+before = anonymous()
+for rows in range(1, 700):
+    torch.nn.functional.linear(x, w[:rows])
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of memory")
+def test_products_of_many_shapes_are_not_all_remembered() -> None:
+    """As ranks that move, or lengths of examples, make them."""
+    env = {name: value for name, value in os.environ.items() if name not in CACHES}
+    grown = {}
+    for how in ("plain", "settled"):
+        done = subprocess.run([sys.executable, "-c", SHAPES, how], capture_output=True, text=True, check=True, env=env)
+        grown[how] = int(done.stdout)
+    if grown["plain"] < 100_000:
+        pytest.skip("this processor's products leave nothing behind")
+    assert grown["settled"] < grown["plain"] / 3, grown
+
+
+def test_caches_that_the_user_has_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = CACHES
+    monkeypatch.setenv(ours, "")  # so that what is set here is taken back
+    monkeypatch.delenv(ours)
+    monkeypatch.setenv(theirs, "700")
+    small_caches()
+    assert os.environ[ours] == CACHES[ours] and os.environ[theirs] == "700"

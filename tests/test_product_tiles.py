@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from qtune import backend
+from qtune.loss import cross_entropy_sum
 from qtune.ops import packed as packed_ops
 from qtune.ops import product
 from qtune.ops.registry import SCRATCH
-from qtune.quant import Scheme, scheme_from
+from qtune.quant import QuantLinear, Scheme, scheme_from
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCHEMES: list[Any] = [
@@ -91,6 +92,26 @@ def test_a_low_rank_part_and_few_rows_of_x_at_a_time(scheme: Scheme, monkeypatch
         exact = x.double() @ both[0].double() + inner.double() @ both[1].double()
         plain = x @ both[0].bfloat16() + inner @ both[1]
         assert (ours - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + 2**-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "dense"], ids=str)
+def test_the_loss_is_taken_in_the_place_of_the_logits(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a packed head in tiles, as large vocabularies have it: autograd refuses writes to a Function's result where it
+    is a view of something else."""
+    monkeypatch.setattr(product, "TILE", 4_000)
+    found = {}
+    for name in (scheme, {"name": "dense", "dtype": "float32"}):
+        head = QuantLinear(32, 1030, scheme_from(name), bias=False, dtype=torch.float32)
+        weight = torch.randn(1030, 32, generator=torch.Generator().manual_seed(0))
+        head.set_weight(weight if name is scheme else found["weight"])
+        found["weight"] = head.dequantize(torch.float32)
+        hidden = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        labels = torch.arange(18).view(2, 9)
+        loss = cross_entropy_sum(hidden, labels, head, 1030, lambda logits: logits)
+        loss.backward()
+        found[str(name)] = loss.detach(), hidden.grad
+    packed, dense = (found[key] for key in found if key != "weight")
+    torch.testing.assert_close(packed, dense, rtol=1e-4, atol=1e-4)
 
 
 def test_a_sum_over_many_tiles_is_not_rounded_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:

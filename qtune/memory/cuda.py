@@ -17,7 +17,7 @@ import sys
 
 import torch
 
-from .host import large_pages
+from .host import large_pages, small_caches
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch 2.10 and later read both; the first is its name
 EXPANDABLE = "expandable_segments:True"
@@ -32,6 +32,7 @@ def settle(device: torch.device) -> None:
     allocator."""
     if device.type == "cpu":
         large_pages()
+        small_caches()
     if device.type != "cuda":
         return
     if _given() is None and expandable() and not torch.cuda.is_initialized():

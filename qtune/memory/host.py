@@ -2,7 +2,8 @@
 
 A step takes the same blocks again and again. By default glibc gives large ones back to the system at once, and every
 page of them costs a fault when it is next written: a step of SmolLM2-135M on 2 x 512 tokens took 120,000 faults, 0.3 s
-of CPU time. A page of 2 MiB costs one fault in place of 512.
+of CPU time. A page of 2 MiB costs one fault in place of 512. And libraries remember the code that they made for each
+shape of a product, without end.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # the numbers of M_TRIM_T
 MAPPINGS = 65536  # glibc's own limit of them
 OWN_PAGES = 1 << 20  # bytes of a block that is a mapping of its own
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's: blocks of 2 MiB and more ask for huge pages, on Linux
+# How many products torch keeps ready on a CPU, each of them bytes: in its own cache, and in oneDNN's below it, which
+# holds what a step of one length takes. Both are 1,024 by default.
+CACHES = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 DEVICE, HOST, DISK = PLACES
 _making: ContextVar[str] = ContextVar("making", default=DEVICE)
@@ -37,6 +41,15 @@ def large_pages() -> None:
     7B, 1 x 512 tokens, took 5.03 GiB in place of 5.45 with resident weights, and 26 s in place of 38 with streamed
     ones, which are given back after each layer."""
     os.environ.setdefault(LARGE_PAGES, "1")
+
+
+def small_caches() -> None:
+    """Let torch's libraries keep few products of matrices ready, unless the user has said it; before the first one, or
+    without effect. A new shape (another length, a rank that has moved) costs half a MiB there until another takes its
+    place: 12 steps of AdaLoRA on SmolLM2-135M ended at 630 MiB in place of 1,460, of LoRA at 660 in place of 710, in
+    the same time."""
+    for name, value in CACHES.items():
+        os.environ.setdefault(name, value)
 
 
 def keep_freed_memory() -> bool:

@@ -152,15 +152,15 @@ def arena_product(
         if rows == shape[0]:
             fill(0, rows, w)
             return plus(product(x, w, transpose), inner, factor, transpose)
-        flat = x.reshape(-1, x.shape[-1])
-        y = x.new_empty(flat.shape[0], shape[1] if transpose else shape[0])
+        y, flat = product_like(x, shape, transpose), x.reshape(-1, x.shape[-1])
+        out = y.view(len(flat), y.shape[-1])  # y itself is no view: the loss writes into it, which autograd then allows
         if transpose:
-            for part in _parts(flat.shape[0], _group(shape[1])):
-                y[part] = _summed(fill, flat[part], w, shape)
+            for part in _parts(len(flat), _group(shape[1])):
+                out[part] = _summed(fill, flat[part], w, shape)
         else:
             for part, tile in _tiles(fill, w, shape):
-                torch.mm(flat, tile.t(), out=y[:, part])
-        return plus(y.view(*x.shape[:-1], y.shape[1]), inner, factor, transpose)
+                torch.mm(flat, tile.t(), out=out[:, part])
+        return plus(y, inner, factor, transpose)
 
 
 def _parts(count: int, step: int) -> Iterator[slice]:
