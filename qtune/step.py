@@ -119,7 +119,7 @@ class LanguageModel:
             return f"{'qtune' if own else 'torch'}'s kernel, on each example of a row by itself"
         if own:
             return "qtune's kernel"
-        if device.type != "cpu" or longest > SHORT or dropped:
+        if device.type != "cpu" or longest > SHORT or dropped or self.model.config._attn_implementation != "sdpa":
             return ""
         self.model.set_attn_implementation("eager")
         return f"plain products, no example has more than {SHORT} tokens"

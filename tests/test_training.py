@@ -280,7 +280,7 @@ def test_every_attention_is_the_same_attention(
     if own:
         cpu_kernels("attention")
         monkeypatch.setattr("qtune.backend.simd", lambda module: "avx512")
-        assert language.choose_attention(1000) == "qtune's kernel"
+        assert language.choose_attention(1000) == language.choose_attention(12) == "qtune's kernel", "the second time"
         assert model.config._attn_implementation == "qtune"
     else:
         monkeypatch.setattr("qtune.step.use_own_attention", lambda model, device: False)

@@ -176,12 +176,15 @@ def _random(*shape: int) -> Tensor:
 
 def use_own_attention(model: PreTrainedModel, device: torch.device) -> bool:
     """On a CPU with AVX-512, take our attention kernel in place of torch's fused one. device: where the model runs.
-    Returns whether it was done.
+    Returns whether the model has it now.
 
     Without AVX-512 torch's is as fast beyond short sequences. A model that was not going to use torch's (for it does
     something more: soft-capping, sinks) keeps what it has.
     """
-    if device.type != "cpu" or model.config._attn_implementation != "sdpa" or not backend.kernel("attention", "cpu"):
+    has = model.config._attn_implementation
+    if has == ATTENTION:
+        return True
+    if device.type != "cpu" or has != "sdpa" or not backend.kernel("attention", "cpu"):
         return False
     if backend.simd("attention") not in FAST:
         return False
