@@ -27,6 +27,7 @@ from qtune.cli import build_parser, main, parse
 from qtune.data.formats import FORMATS, recognised
 from qtune.planner.devices import find_device
 from qtune.planner.models import find_model
+from qtune.planner.plan import HEAP
 from qtune.quant import SCHEMES
 from qtune.recipe import Recipe
 
@@ -260,6 +261,12 @@ def test_tables_are_those_of_the_results(script: Callable[[str], Any]) -> None:
         assert set(names) <= set(tables.TABLES), page
         for name in filter(tables.has_results, names):
             assert tables.filled(text, name) == text, f"{page.name}, {name}: run make docs-tables"
+
+
+def test_the_room_that_a_cpu_plan_leaves_covers_what_was_measured(script: Callable[[str], Any]) -> None:
+    results = script("results")
+    rows = [row["process"] for row in results.read_rows(results.FOLDER / "plan.jsonl") if row["device"] == "cpu"]
+    assert rows and max(row["measured"] / row["planned"] for row in rows) < 1 + HEAP
 
 
 def test_figures_stand_in_tables_alone(written: Pages) -> None:

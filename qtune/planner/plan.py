@@ -45,7 +45,7 @@ EVENLY = (
 )
 CUDNN = "newer torch may take cuDNN's attention on this card, whose workspace is not planned"
 WORTH = 0.97  # of reserved bytes: below this, a change of settings is worth a note
-HEAP = 0.48  # of a CPU's plan: the C library's heap keeps gaps; the worst row of benchmarks/results/plan.jsonl
+HEAP = 0.25  # of a CPU's plan: the C library's heap keeps gaps; above the worst row of benchmarks/results/plan.jsonl
 CLOSE = 0.05  # of the device: a plan that leaves less than its own error bound fits barely
 
 

@@ -31,7 +31,7 @@ STACKS = tuple(f"by transformers (as {of}), PEFT and bitsandbytes" for of in ("r
 VERDICTS = {"fits": "bold green", "barely": "bold yellow", "no": "bold red"}
 MORE = {  # why a plan that fits may not
     "cuda": f"Less than {CLOSE:.0%} is left: whatever else uses the device may be too much.",
-    "cpu": f"The C library's heap keeps gaps, and a process has been measured to take {HEAP:.0%} more than its plan.",
+    "cpu": f"The C library's heap keeps gaps: processes were measured to take up to {HEAP:.0%} more than planned.",
 }
 
 
