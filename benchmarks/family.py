@@ -28,9 +28,9 @@ from results import FOLDER, read_rows
 RESULTS = FOLDER / "family.jsonl"
 RANK, REFERENCE = 16, "lora"
 RATES = tuple(float(f"{mantissa}e{power}") for power in range(-5, 0) for mantissa in (1, 3))
-FIRST_RATE, JUDGED = 1e-3, 8  # where the climb begins, and the last steps of a pilot that count
+FIRST_RATE, JUDGED = 1e-3, 5  # where the climb begins, and the last steps of a pilot that count
 NEAR, MOST = 1.25, 8  # times LoRA's trained values; times an option's default that is tried
-STEPS, PILOT, SEEDS, FULL_SEEDS, TURNS = 40, 20, (0, 1), (0, 1, 2, 3, 4), 6
+STEPS, PILOT, SEEDS, FULL_SEEDS, TURNS = 40, 10, (0, 1), (0, 1, 2, 3, 4), 6
 SCHEME, OTHERS = "nf4", ("int4", "int3", "int8", "dense")
 
 
