@@ -96,7 +96,7 @@ def facts(row: dict[str, Any]) -> dict[str, str]:
         "goes to": ", ".join(row["targets"]),
         "schemes": refused or "all",
         "merges": row["merges"],
-        "as PEFT's": row["peft"] or "no, merge it",
+        "as PEFT's": row["peft"] or "no",
         "options": row.get("options"),
     }
     return {key: value for key, value in said.items() if isinstance(value, str) and value}
@@ -133,7 +133,7 @@ def _needs(method: type[Adapter]) -> list[str]:
 def _merges(method: type[Adapter]) -> str:
     """What it can be merged into, and how exact that is."""
     if not method.mergeable:
-        return "no: it is no affine function of the input"
+        return "no: what it adds hangs on the input, so use the run itself"
     return "into dense weights, exactly in fp32" + "; into packed ones, too" * method.has_own("merge_into")
 
 

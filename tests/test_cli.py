@@ -128,6 +128,7 @@ def test_listings(capsys: pytest.CaptureFixture[str]) -> None:
     methods = {row["method"]: row for row in as_json(capsys, "methods")}
     assert {"lora", "dora", "ia3", "vera", "hira", "hra"} <= set(methods)
     assert all(row["equation"] and row["options"] is not None for row in methods.values())
+    assert all(re.search(r"arXiv|ICLR|OpenReview", row["source"]) for row in methods.values()), "a paper comes first"
     schemes = {row["scheme"]: row for row in as_json(capsys, "schemes")}
     assert schemes["nf4"]["bits_per_weight"] == 4.127 and schemes["int8"]["bits_per_weight"] == pytest.approx(8.008)
     keys = {row["name"]: row for row in as_json(capsys, "keys")}

@@ -1,10 +1,10 @@
 """AM-LoRA, tasks one after another: y = base(x) + s sum_k g_k B_k A_k x; attention decides for each token how much of
 each task's LoRA is used.
 
-    h_k = s B_k A_k x,   g = softmax over k of tanh(w_k . h_k + c_k),   h_0 = 0: an empty LoRA, so that none may be used
-Liu et al. 2024 (arXiv 2409.19611). A task is a run; the next one begins with `qtune train RECIPE --from RUN`: the LoRAs
-of earlier tasks stay, frozen, a new one begins (A Kaiming-uniform, B zero), and w [tasks, out] and c [1 + tasks], zero
-at first, learn on with it. A [rank, in], B [out, rank]; earlier tasks lie in carried_A [tasks x rank, in] and
+Liu et al. 2024 (arXiv 2409.19611). h_k = s B_k A_k x, g = softmax over k of tanh(w_k . h_k + c_k), and h_0 = 0 is an
+empty LoRA, so that none may be used. A task is a run; the next one begins with `qtune train RECIPE --from RUN`: the
+LoRAs of earlier tasks stay, frozen, a new one begins (A Kaiming-uniform, B zero), and w [tasks, out] and c [1 + tasks],
+zero at first, learn on with it. A [rank, in], B [out, rank]; earlier tasks lie in carried_A [tasks x rank, in] and
 carried_B [out, tasks x rank]; a task beyond `carry` is refused. h_k is never made: w_k . h_k = s (B_k^T w_k) . (A_k x).
 How a token is answered hangs on the token, so that no weight does the same: such a run is used, and not merged.
 
