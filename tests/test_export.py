@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,12 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from qtune import export
 from qtune.adapters import METHODS, Adapted, adapted_sites
+from qtune.data import load_source
 from qtune.errors import QtuneError
 from qtune.export import merge, merged_entries
 from qtune.runs import Run, open_run
 from qtune.screen import Screen
 from qtune.trainer import train
 from qtune.verify import check_layers
+from qtune.version import version
 
 QUIET = Screen(quiet=True)
 
@@ -36,6 +40,16 @@ def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
 def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
     """Equal but for fp32 sums in another order: a delta that got lost differs by a hundred times more."""
     return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
+
+
+def tokens_of(run: Run) -> str:
+    """sha256 over the training examples: how many tokens, their ids (int32), and a byte each for those trained."""
+    keys, whole = run.recipe.data, hashlib.sha256()
+    assert keys.train is not None
+    for example in load_source(keys.train, run.tokenizer, keys, seed=run.recipe.train.seed)[0]:
+        count, ids = len(example.input_ids), list(example.input_ids)
+        whole.update(struct.pack(f"<Q{count}i{count}B", count, *ids, *example.trained))
+    return whole.hexdigest()
 
 
 def finished(root: Path, family: str = "llama", **changes: Any) -> Run:
@@ -110,6 +124,7 @@ def test_folder_is_complete(tmp_path: Path, opened: Callable[[str], Run]) -> Non
     assert (tmp_path / "merged" / "LICENSE").read_text() == "Licence of the base\n"
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "LICENSE" in card and "computes what was trained" in card and "nf4(block=32" in card
+    assert f"- training data, sha256 of its tokens: {tokens_of(run)}" in card and f"qtune {version()}" in card
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("w1 w2")["input_ids"] == [5, 6]
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     assert not list(tmp_path.glob("*.unverified"))
