@@ -18,7 +18,7 @@ from .adapters import Adapted, AdapterSpec, adapted_sites
 from .adapters.deltas import Factors, delta_of, norm
 from .adapters.lora import LoRA
 from .adapters.sites import SHARED
-from .adapters.starts import Triplets, top
+from .adapters.starts import Triplets, of_product, top
 from .errors import QtuneError
 
 ERROR = 0.05  # what a layer's change may lose of its norm, where nothing else is said and it has no factors
@@ -77,19 +77,12 @@ def _factors(name: str, site: Adapted, rank: int | None, error: float | None) ->
     elif rank is None and error is None:
         return delta.A.contiguous(), delta.B.contiguous(), Cut(name, delta.rank, size, 0.0)
     else:
-        u, s, vh = _core(delta.A, delta.B)
+        u, s, vh = of_product(delta.A, delta.B)
     kept = _kept(s, size, rank, error or ERROR)
     root = s[:kept].sqrt()
     A, B = (vh[:kept] * root.unsqueeze(1)).contiguous(), (u[:, :kept] * root).contiguous()
     lost = s[kept:].norm() if isinstance(delta, Factors) else delta.addmm_(B, A, alpha=-1).norm()
     return A, B, Cut(name, kept, size, float(lost) / size if size else 0.0)
-
-
-def _core(A: Tensor, B: Tensor) -> Triplets:
-    """The whole SVD of B A, through the QR of each."""
-    left, right = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    u, s, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-    return left.Q @ u, s, vh @ right.Q.T
 
 
 def _dense(delta: Tensor, rank: int | None, error: float) -> Triplets:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ..errors import QtuneError, listed
 from .base import PeftNames, QuantLinear, replace_values
 from .lora import LoRA
+from .starts import of_product
 
 LOST = 0.005  # of the norm of what is carried: what one cut may lose; the rest of 1 % is for rounding to the dtype
 GROWS: Mapping[str, tuple[int, str]] = MappingProxyType(
@@ -84,12 +85,10 @@ def carry_on(carried_A: Tensor, carried_B: Tensor, A: Tensor, B: Tensor, most: i
 
 def cut(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """fp32 factors of the best product of this rank, and what of B A's norm it loses. A [n, in], B [out, n]."""
-    wide = torch.promote_types(A.dtype, torch.float32)
-    left, right = torch.linalg.qr(B.to(wide)), torch.linalg.qr(A.to(wide).T)
-    u, s, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    u, s, vh = of_product(A, B)
     root = s[:rank].sqrt()
-    lost = s[rank:].norm() / s.norm().clamp(min=torch.finfo(wide).tiny)
-    return (right.Q @ (vh[:rank].T * root)).T.contiguous(), left.Q @ (u[:, :rank] * root), float(lost)
+    lost = s[rank:].norm() / s.norm().clamp(min=torch.finfo(s.dtype).tiny)
+    return (vh[:rank] * root.unsqueeze(1)).contiguous(), u[:, :rank] * root, float(lost)
 
 
 def beside(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

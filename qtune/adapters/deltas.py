@@ -2,7 +2,7 @@
 time.
 
 Factors are never multiplied out: norms and inner products are traces of small matrices, and singular values come from
-a QR of each factor and the SVD of the core between them (`carried.cut`). All in fp32 at least, scales folded in.
+a QR of each factor and the SVD of the core between them (`starts.of_product`). All in fp32 at least, scales folded in.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .starts import of_product
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -39,10 +41,8 @@ class Parts:
 def split(A: Tensor, B: Tensor, scale: float = 1.0) -> Parts:
     """The parts of scale B A, the largest first. A [rank, in], B [out, rank]; as many as the rank, or as the smaller
     side of the layer."""
-    wide = torch.promote_types(A.dtype, torch.float32)
-    left, right = torch.linalg.qr(B.to(wide)), torch.linalg.qr(A.to(wide).T)
-    u, d, vh = torch.linalg.svd(left.R @ right.R.T * scale, full_matrices=False)
-    return Parts(d, left.Q @ u, vh @ right.Q.T)
+    u, d, v = of_product(A, B.to(torch.promote_types(B.dtype, torch.float32)) * scale)
+    return Parts(d, u, v)
 
 
 def join(parts: Sequence[Parts], weights: Sequence[float] | None = None) -> Parts:

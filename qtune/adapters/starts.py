@@ -102,6 +102,17 @@ def bottom(m: Tensor, rank: int, right: Tensor | None = None) -> Triplets:
     return u[:, -rank:], s[-rank:], vh[-rank:]
 
 
+def of_product(A: Tensor, B: Tensor) -> Triplets:
+    """All of B A, in fp32 at least, by a QR of each factor and the SVD of the core between them; B A is never formed.
+
+    A [n, in], B [out, n]; as many triplets as the rank, or as the smaller side of the layer.
+    """
+    wide = torch.promote_types(A.dtype, torch.float32)
+    left, right = torch.linalg.qr(B.to(wide)), torch.linalg.qr(A.to(wide).T)
+    u, s, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    return left.Q @ u, s, vh @ right.Q.T
+
+
 def _times(m: Tensor, right: Tensor | None) -> Tensor:
     return m if right is None else m * right if right.dim() == 1 else m @ right
 

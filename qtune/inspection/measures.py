@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.deltas import Delta, Factors, inner, norm
+from ..adapters.starts import of_product
 
 SAMPLE = 1 << 20  # entries that density and shares are taken of, evenly spaced; moments are of all
 DIRECTIONS = 8  # at most, of an overlap
@@ -55,15 +56,12 @@ class Spectrum:
 def spectrum(delta: Delta) -> Spectrum:
     """Of factors by a QR of each and the core's SVD, never multiplied out; of a dense delta the full SVD."""
     if isinstance(delta, Factors):
-        left, right = torch.linalg.qr(delta.B), torch.linalg.qr(delta.A.T)
-        u, s, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-        u, v = left.Q @ u, right.Q @ vh.T
+        u, s, vh = of_product(delta.A, delta.B)
     else:
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-        v = vh.T
     least = torch.finfo(s.dtype).eps * max(delta.shape) * float(s[0]) if len(s) else 0.0
     count = int((s > least).sum())
-    return Spectrum(s[:count], u[:, :count], v[:, :count])
+    return Spectrum(s[:count], u[:, :count], vh[:count].T)
 
 
 @dataclass(frozen=True)
