@@ -44,7 +44,8 @@ class Verification:
 
     layer_error: largest error of a written layer, as a fraction of its bound. logit_error: largest difference of a
     logit; logit_bound: what rounding allows. kl_mean, kl_max: KL(trained || written) per position, in nats. same_top:
-    share of positions where both have the same likeliest token.
+    share of positions where both have the same likeliest token. by_codes: the layers are packed, and were compared with
+    those in memory bit for bit; layer_error is 0, or infinite.
     """
 
     layers: int
@@ -57,6 +58,7 @@ class Verification:
     kl_mean: float
     kl_max: float
     same_top: float
+    by_codes: bool = False
 
     @property
     def passed(self) -> bool:
@@ -65,14 +67,17 @@ class Verification:
 
     def lines(self) -> list[str]:
         """For a person."""
-        layers = f"{self.layers} written layers against the adapter's forward: largest error {self.layer_error:.2f}"
+        source, worst = "packed" if self.by_codes else "trained", f"({self.worst_layer})"
+        layers = f"against the adapter's forward: largest error {self.layer_error:.2f} of what rounding allows {worst}"
+        if self.by_codes:
+            layers = f"are NOT what was packed {worst}" if self.layer_error else "are what was packed, bit for bit"
         logits = f"{self.positions} positions of {self.prompts} prompts: largest difference {self.logit_error:.3g}"
         return [
-            f"layers   {layers} of what rounding allows ({self.worst_layer})",
+            f"layers   {self.layers} written layers {layers}",
             f"logits   {logits}, rounding allows {self.logit_bound:.3g}",
-            f"         KL(trained || written) mean {self.kl_mean:.2e}, largest {self.kl_max:.2e} nats; "
+            f"         KL({source} || written) mean {self.kl_mean:.2e}, largest {self.kl_max:.2e} nats; "
             f"same first choice at {self.same_top:.1%}",
-            f"verdict  {'computes what was trained' if self.passed else 'DOES NOT COMPUTE WHAT WAS TRAINED'}",
+            f"verdict  {'computes' if self.passed else 'DOES NOT COMPUTE'} what was {source}",
         ]
 
 

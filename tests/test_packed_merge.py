@@ -11,10 +11,11 @@ import runs_helper
 import torch
 import transformers
 
+from qtune import packed_merge
 from qtune.adapters import adapted_sites
 from qtune.cli import main
 from qtune.errors import QtuneError
-from qtune.model import load
+from qtune.model import load, save_quantized
 from qtune.model.loading import packed_sites
 from qtune.packed_merge import _refuse_little, merge_packed, rounded_down
 from qtune.quant import NF4
@@ -31,6 +32,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     root = tmp_path_factory.mktemp("keep")
     changes: dict[str, Any] = {
         "llama": {"adapter__targets": "all-linear,lm_head", "scheme__embeddings": "int8"},
+        "llama-tied": {"adapter__targets": "all-linear,lm_head", "scheme__embeddings": "int8"},
         "qwen3-moe": {"adapter__targets": "all-linear,*.experts.*"},
     }.get(request.param, {})
     recipe = runs_helper.recipe(
@@ -56,10 +58,24 @@ def test_what_is_left_is_told_truly(keep: str, codes: str, run: Run, tmp_path: P
     for name, d in change.items():
         kept = (((layers[name].dequantize() - before[name]) * d).sum() / d.square().sum()).item()
         assert kept == pytest.approx(report.kept["layers"][name], abs=2e-3), name
-    assert "of what was learned; least in" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "of what was learned; least in" in card and "computes what was packed" in card
     assert {layer.scheme.name for name, layer in layers.items() if name != "lm_head"} <= {keep, "dense"}
     if keep == "int8":
         assert 0.5 < report.kept["share"] < 1.5 and report.kept["kl"] < report.kept["kl_base"]
+
+
+def test_a_file_of_other_codes_is_no_merge(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(model: Any, *rest: Any) -> None:
+        site = packed_sites(model)["model.layers.1.self_attn.o_proj"]
+        kept = site.parts["codes"][0].clone()
+        site.parts["codes"][0] ^= 1
+        save_quantized(model, *rest)
+        site.parts["codes"][0] = kept
+
+    monkeypatch.setattr(packed_merge, "save_quantized", spoiled)
+    with pytest.raises(QtuneError, match=r"NOT what was packed \(model\.layers\.1\.self_attn\.o_proj\)"):
+        merge_packed(run, tmp_path / "out", "nf4", least=-10.0, screen=QUIET)
 
 
 def test_too_little_is_refused(run: Run, tmp_path: Path) -> None:
