@@ -5,10 +5,10 @@ SmolLM2-135M, nf4, every linear layer; a method that refuses nf4 is on the first
 method's option of size (`rank`, else the first whole number that changes the count) is chosen so that the trained
 values come nearest to those of LoRA of rank 16; one that comes no nearer than a quarter is sparing by nature, and runs
 at its defaults. The learning rate climbs half decades while the mean loss of the last steps of a pilot falls. Then 24
-steps of 2 x 256 tokens of Wikipedia for each of 2 seeds, and held-out perplexity. `--full`: every scheme, 5 seeds, the
+steps of 256 tokens of Wikipedia for each of 2 seeds, and held-out perplexity. `--full`: every scheme, 5 seeds, the
 demo's task; `--smoke`: 2 steps, one seed, one rate, into a file that is not kept. A row for each finished run.
-Ranks: `family_cell.ranks`. Bytes: the most alive at once in a step, planned, and by the allocator's events of a real
-one (`qtune plan --measure`). Time: the median step by that of LoRA, which takes turns with it in one process.
+Ranks: `family_cell.ranks`. Bytes: the most alive at once in a step of 2 x 256, planned, and by the allocator's events
+of a real one (`qtune plan --measure`). Time: the median step of 2 x 256 by LoRA's, which takes turns in one process.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from results import FOLDER, read_rows
 RESULTS = FOLDER / "family.jsonl"
 RANK, REFERENCE = 16, "lora"
 RATES = tuple(float(f"{mantissa}e{power}") for power in range(-5, 0) for mantissa in (1, 3))
-FIRST_RATE, JUDGED = 1e-3, 5  # where the climb begins, and the last steps of a pilot that count
+FIRST_RATE, JUDGED = 1e-3, 4  # where the climb begins, and the last steps of a pilot that count
 NEAR, MOST = 1.25, 8  # times LoRA's trained values; times an option's default that is tried
-STEPS, PILOT, SEEDS, FULL_SEEDS, TURNS = 24, 10, (0, 1), (0, 1, 2, 3, 4), 4
+STEPS, PILOT, SEEDS, FULL_SEEDS, TURNS = 24, 8, (0, 1), (0, 1, 2, 3, 4), 4
+ROWS = 1  # windows of a training step; what a step takes is measured with quality.py's
 SCHEME, OTHERS = "nf4", ("int4", "int3", "int8", "dense")
 
 
@@ -58,7 +59,8 @@ class Book(Rows):
 
     def key(self, cell: Cell, kind: str, rate: float | None = None, seed: int | None = None) -> dict[str, Any]:
         """The settings that tell a row apart."""
-        steps = {"steps": PILOT if kind == "rate" else self.steps, "batch": [BATCH, LENGTH], "lr": rate, "seed": seed}
+        shape = [BATCH if kind == "cost" else ROWS, LENGTH]
+        steps = {"steps": PILOT if kind == "rate" else self.steps, "batch": shape, "lr": rate, "seed": seed}
         return {"kind": kind, **asdict(cell), "rank": RANK, **(steps if rate is not None else {})}
 
     def next(self, cell: Cell) -> tuple[str, float | None, int | None] | None:

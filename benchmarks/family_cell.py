@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from family import NEAR, PILOT, RANK, REFERENCE, TURNS, Book, Cell, distance, nearest
+from family import NEAR, PILOT, RANK, REFERENCE, ROWS, TURNS, Book, Cell, distance, nearest
 from measure import take_turns
 from quality import BATCH, LENGTH, WINDOW
 from quality_cell import Bench, Start, perplexity, train, training
@@ -167,7 +167,7 @@ class Work:
     def run(self, kind: str, rate: float, seed: int) -> dict[str, Any]:
         """Train from the start; after a run also what was learned."""
         self.first.again(self.spec, seed)
-        begun: dict[str, Any] = {}
+        self.bench.rows, begun = ROWS, dict[str, Any]()
         if kind == "run":
             begun = copy.deepcopy({name: site.adapter for name, site in self.sites.items()})  # what they share once
         steps = PILOT if kind == "rate" else self.book.steps
@@ -182,7 +182,7 @@ class Work:
         """Seconds of a step beside LoRA's, in turns on the same batches."""
         from qtune.adapters import AdapterSpec
 
-        turns = 1 if self.book.smoke else TURNS
+        self.bench.rows, turns = BATCH, 1 if self.book.smoke else TURNS
         self.first.again(self.spec, 0)
         both = {"own": self.language, "lora": self.loaded(AdapterSpec(REFERENCE, TARGETS, {"rank": RANK}))}
 

@@ -45,7 +45,7 @@ class Bench:
         from qtune.model import load_tokenizer
         from qtune.model.layerwise import windows_of
 
-        self.folder, self.file = folder, folder / "model" / MODEL_FILE
+        self.folder, self.file, self.rows = folder, folder / "model" / MODEL_FILE, BATCH  # rows: windows of a step
         self.tokenizer = load_tokenizer(self.file)
         texts = json.loads((folder / TEXT).read_text("utf-8"))
         ids = [self.tokenizer(text)["input_ids"] for text in texts]
@@ -84,7 +84,7 @@ class Bench:
             yield from stream(self.task[0], Capacity(TASK_BATCH), seed)
         while True:
             order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
-            for picked in order.split(BATCH)[: len(order) // BATCH]:
+            for picked in order.split(self.rows)[: len(order) // self.rows]:
                 yield batch_of(self.train[picked])
 
 
