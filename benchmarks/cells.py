@@ -81,11 +81,12 @@ def prepare(folder: Path) -> None:
 
 
 def trained(out: Path, tree: dict[str, Any], start_from: Path | None = None) -> Path:
-    """The run folder `out`: trained by the recipe `tree`, without samples and report, unless it is there and ended."""
+    """The run folder `out`: trained by the recipe `tree`, without samples and report, unless it is there and whole."""
     from qtune.recipe import Recipe
     from qtune.trainer import train
 
-    if not (out / "run.json").exists() or "ended" not in json.loads((out / "run.json").read_text("utf-8")):
+    record = json.loads((out / "run.json").read_text("utf-8")) if (out / "run.json").exists() else {}
+    if record.get("ended", {}).get("interrupted", True):
         train_keys = {**tree["train"], "samples": 0, "report": False}
         recipe = Recipe.load({**tree, "train": train_keys, "output": str(out)})
         train(recipe, overwrite=True, start_from=start_from)

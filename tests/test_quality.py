@@ -88,3 +88,16 @@ def test_tables(quality, monkeypatch, tmp_path, capsys):
     assert "| qwha | 9 | 3.00 | 2.00 | 2,048 MiB | 2.00 |" in text, "of lora's"
     assert "| qwha |  |  | 0.50 |" in text and "merge: no results yet" in capsys.readouterr().out
     assert all(row["code"] for row in map(json.loads, quality.RESULTS.read_text().splitlines()))
+
+
+@pytest.mark.parametrize("record", [None, {}, {"ended": {"interrupted": True}}, {"ended": {"interrupted": False}}])
+def test_a_run_that_was_stopped_is_trained_again(record, script, tmp_path, monkeypatch) -> None:
+    trained = []
+    monkeypatch.setattr("qtune.trainer.train", lambda *_, **__: trained.append(1))
+    if record is not None:
+        (tmp_path / "run.json").write_text(json.dumps(record))
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": "a"}) + "\n")
+    tree = {"model": str(tmp_path), "data": {"train": str(data)}, "train": {"steps": 1}}
+    assert script("cells").trained(tmp_path, tree) == tmp_path
+    assert len(trained) == (0 if record == {"ended": {"interrupted": False}} else 1)
