@@ -262,31 +262,36 @@ def combine_memory_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def forgetting_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Accuracy on tasks learned one after another, by the way: after the last of them, and what was forgotten."""
-    by: dict[str, dict[int, dict[int, list[float]]]] = {}  # way -> seed -> tasks learned -> accuracy on each task
+    """Accuracy and loss on tasks learned one after another, by the way: after the last of them, and what was
+    forgotten."""
+    # way -> seed -> tasks learned -> (accuracy, loss) on each task
+    by: dict[str, dict[int, dict[int, list[tuple[float, float]]]]] = {}
     for row in latest(rows):
         given = row["settings"]
-        seen = [row["tasks"][task]["accuracy"] for task in given["tasks"]]
+        seen = [(row["tasks"][task]["accuracy"], row["tasks"][task]["eval_loss"]) for task in given["tasks"]]
         by.setdefault(given["way"], {}).setdefault(given["seed"], {})[given["after"]] = seen
     tasks = rows[0]["settings"]["tasks"] if rows else []
-    lines = [f"| learned as | {' | '.join(tasks)} | mean | forgotten | seeds |", "| --- " * (4 + len(tasks)) + "|"]
+    heads = ["learned as", *(f"{task}: right (loss)" for task in tasks), "mean", "forgotten", "seeds"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for way, seeds in by.items():
-        whole = [
-            after for after in seeds.values() if len(tasks) in after or 0 in after
-        ]  # a seed still under way is not
+        whole = [after for after in seeds.values() if len(tasks) in after or 0 in after]  # no seed still under way
         if whole:
             last = [after[max(after)] for after in whole]
-            means = [sum(values) / len(whole) for values in zip(*last, strict=True)]
+            means = [
+                tuple(sum(one) / len(whole) for one in zip(*seen, strict=True)) for seen in zip(*last, strict=True)
+            ]
+            means.append(tuple(sum(one) / len(tasks) for one in zip(*means, strict=True)))
             lost = [_forgotten(after) for after in whole if len(after) == len(tasks)]
-            cells = [way, *(f"{mean:.1%}" for mean in (*means, sum(means) / len(means)))]
+            cells = [way, *(f"{right:.1%} ({loss:.2f})" for right, loss in means)]
             cells += [f"{sum(lost) / len(lost):.1%}" if lost else "", str(len(whole))]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _forgotten(after: dict[int, list[float]]) -> float:
+def _forgotten(after: dict[int, list[tuple[float, float]]]) -> float:
     """Mean over the tasks before the last of the best accuracy, before the last task was learned, less the last one
     (Chaudhry et al. 2018, arXiv 1801.10112). A task counts from when it was learned."""
     count = max(after)
-    lost = [max(after[k][task] for k in range(task + 1, count)) - after[count][task] for task in range(count - 1)]
+    best = [max(after[k][task][0] for k in range(task + 1, count)) for task in range(count - 1)]
+    lost = [before - now for before, (now, _) in zip(best, after[count], strict=False)]
     return sum(lost) / len(lost)
