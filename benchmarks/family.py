@@ -7,8 +7,8 @@ values come nearest to those of LoRA of rank 16; one that comes no nearer than a
 at its defaults. The learning rate climbs half decades while the mean loss of the last steps of a pilot falls. Then 24
 steps of 256 tokens of Wikipedia for each of 2 seeds, and held-out perplexity. `--full`: every scheme, 5 seeds, the
 demo's task; `--smoke`: 2 steps, one seed, one rate, into a file that is not kept. A row for each finished run.
-Ranks: `family_cell.ranks`. Bytes: the most alive at once in a step of 2 x 256, planned, and by the allocator's events
-of a real one (`qtune plan --measure`). Time: the median step of 2 x 256 by LoRA's, which takes turns in one process.
+Ranks: `family_cell.ranks`, of the first seed. Bytes: the most alive at once in a step of 2 x 256, planned, and by the
+allocator's events of a real one (`qtune plan --measure`). Time: a median step of 2 x 256 by LoRA's, in turns.
 """
 
 from __future__ import annotations

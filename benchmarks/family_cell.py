@@ -15,7 +15,7 @@ from typing import Any
 from family import NEAR, PILOT, RANK, REFERENCE, ROWS, TURNS, Book, Cell, distance, nearest
 from measure import take_turns
 from quality import BATCH, LENGTH, WINDOW
-from quality_cell import Bench, Start, perplexity, train, training
+from quality_cell import Bench, Start, train, training
 
 TARGETS = ("all-linear",)
 THIRD = 3  # blocks whose layers' ranks are taken: every third
@@ -122,8 +122,6 @@ class Work:
 
     def start(self) -> dict[str, Any]:
         """Load and start; what is refused is said."""
-        import torch
-
         from qtune.adapters import adapted_sites
         from qtune.errors import QtuneError
         from qtune.model.loading import give_back
@@ -136,8 +134,7 @@ class Work:
         seconds = time.perf_counter() - begun
         self.sites, self.first = adapted_sites(self.language.model), Start(self.language.model)
         give_back()
-        with torch.no_grad():
-            return {**self.said, "start_seconds": seconds, "perplexity": perplexity(self.language, self.bench)}
+        return {**self.said, "start_seconds": seconds}
 
     def loaded(self, spec: Any) -> Any:
         """A language model with adapters, ready to train."""
@@ -159,21 +156,27 @@ class Work:
         from qtune.screen import Screen
 
         shape = {"train.micro_batch": BATCH, "data.max_length": LENGTH, "train.checkpointing": False}
-        tree = {"model": str(self.bench.file), "scheme": self.cell.scheme, "adapter": self.spec.to_dict()}
+        tree = {
+            "model": str(self.bench.file),
+            "scheme": self.cell.scheme,
+            "adapter": self.spec.to_dict(),
+            "calibrate": {"samples": 4, "length": LENGTH},
+        }  # no step is another after a start on more text
         found = measure(Recipe.load(tree, shape, training=False), find_device("cpu"), None, Screen(quiet=True))
         row = next(row for row in found.rows() if row["tier"] == "allocated" and "tracer" not in row["how"])
         return {"planned": row["planned"], "measured": row["measured"], "planned_process": found.plan.process}
 
     def run(self, kind: str, rate: float, seed: int) -> dict[str, Any]:
-        """Train from the start; after a run also what was learned."""
+        """Train from the start; after the first run also what was learned."""
         self.first.again(self.spec, seed)
         self.bench.rows, begun = ROWS, dict[str, Any]()
-        if kind == "run":
+        looked_at = kind == "run" and seed == self.book.seeds[0]
+        if looked_at:
             begun = copy.deepcopy({name: site.adapter for name, site in self.sites.items()})  # what they share once
         steps = PILOT if kind == "rate" else self.book.steps
         found = train(self.language, self.bench, kind, rate, seed, steps)
         found.pop("peak_bytes", None)  # of a process that has other work behind it
-        if kind == "run" and "diverged" not in found:
+        if looked_at and "diverged" not in found:
             self.language.model.eval()
             found["ranks"] = ranks(self.sites, begun)
         return found
