@@ -156,12 +156,9 @@ class Work:
         from qtune.screen import Screen
 
         shape = {"train.micro_batch": BATCH, "data.max_length": LENGTH, "train.checkpointing": False}
-        tree = {
-            "model": str(self.bench.file),
-            "scheme": self.cell.scheme,
-            "adapter": self.spec.to_dict(),
-            "calibrate": {"samples": 4, "length": LENGTH},
-        }  # no step is another after a start on more text
+        text = {"samples": 8, "length": LENGTH}  # enough for every start; no step is another after more
+        tree = {"model": str(self.bench.file), "scheme": self.cell.scheme, "adapter": self.spec.to_dict()}
+        tree |= {"calibrate": text}
         found = measure(Recipe.load(tree, shape, training=False), find_device("cpu"), None, Screen(quiet=True))
         row = next(row for row in found.rows() if row["tier"] == "allocated" and "tracer" not in row["how"])
         return {"planned": row["planned"], "measured": row["measured"], "planned_process": found.plan.process}
