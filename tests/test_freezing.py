@@ -53,6 +53,14 @@ def test_matrices_of_least_score_are_frozen_as_the_schedule_says(tmp_path: Path)
     assert len(gone) == 4 and len({len(seen) for seen in gradients.values()}) > 2, "at different steps"
 
 
+def test_matrices_start_as_the_authors_draw_them(tmp_path: Path) -> None:
+    """Kaiming's bound for ReLU, sqrt(6 / inputs), as of VeRA's; LoRA's A has the bound sqrt(1 / inputs)."""
+    for adapter in aflora(tmp_path, rank=16).adapters.values():
+        for matrix in (adapter.A, adapter.B):
+            bound = (6 / matrix.shape[1]) ** 0.5
+            assert 0.95 * bound < float(matrix.abs().max()) <= 1.01 * bound  # bf16
+
+
 def test_a_frozen_matrix_costs_nothing_more(tmp_path: Path) -> None:
     run = aflora(tmp_path)
     run.run(14)

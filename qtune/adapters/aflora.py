@@ -7,12 +7,12 @@ of all: none up to `t_init`, all from end on, `t_final` before the last step (st
 A frozen matrix stays frozen; its averages and the optimizer's states go, and with A the inputs are no longer kept for
 the backward. d [rank] and b [out] are trained to the end. Start: A and B Kaiming-uniform, d 0.1, b zero, as VeRA's.
 A plan counts the first steps, in which all is trained. PEFT reads it as a LoRA of A and b * B * d.
-Left out: a rule by which matrices of attention or of MLPs are frozen from the start; `targets` says where it goes.
+The authors' code differs: it averages |gradient| over 10 steps first, holds a matrix's score against a quantile of the
+scores of all entries, and in its runs on GLUE never trains the matrices of square layers (those of attention).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -59,7 +59,7 @@ class AFLoRA(Factored):
 
     def reset(self, base: QuantLinear, source: Source | None = None) -> None:
         for name in MATRICES:
-            draw(self.get_parameter(name), nn.init.kaiming_uniform_, math.sqrt(5))
+            draw(self.get_parameter(name), nn.init.kaiming_uniform_)
             self.get_buffer(f"seen_{name}").zero_()
         nn.init.constant_(self.d, self.d_initial)
         nn.init.zeros_(self.b)
