@@ -143,3 +143,38 @@ def test_a_plan_is_of_a_step_that_leaves_out_nothing(checkpointing: bool) -> Non
 def test_methods_that_read_every_gradient_are_refused(folder: Path) -> None:
     with pytest.raises(QtuneError, match=r"train.drop_backward is 0.5, and adapter method adalora reads the gradients"):
         LanguageModel(adapted(folder, method="adalora")).arrange(TrainKeys(drop_backward=0.5), MemoryKeys(), folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family != "gpt-oss"])
+def test_every_family_adds_to_what_goes_into_its_layers(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny.saved(family, tmp_path)
+    loss, gradients = stepped(adapted(tmp_path, dtype), arranged(tmp_path, drop_backward=0.3))
+    assert loss > 0 and gradients
+
+
+def test_looking_at_the_layers_changes_no_draw(folder: Path) -> None:
+    """The first pass, in which each layer is looked at, draws what the next does."""
+    spec = {"dropout": 0.5}
+    first = stepped(adapted(folder, **spec), arranged(folder, drop_backward=CHANCE))
+    model = adapted(folder, **spec)
+    stepped(model, arranged(folder, drop_backward=CHANCE))
+    model.zero_grad()
+    assert same(stepped(model, lambda language: None), first)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_layers_that_change_what_goes_by_them_are_refused(tmp_path: Path, checkpointing: bool) -> None:
+    """The gradient that goes by such a layer would not be that of its residual connection."""
+    keys = {"checkpointing": checkpointing, "drop_backward": 0.01}
+    tiny.saved("opt", tmp_path / "opt", do_layer_norm_before=False)
+    with pytest.raises(QtuneError, match=r"drop_backward is 0.01, .* layer 0 of OPTForCausalLM .* legal: 0"):
+        stepped(adapted(tmp_path / "opt"), arranged(tmp_path, **keys))
+    tiny.saved("llama", tmp_path / "llama")
+    model = adapted(tmp_path / "llama")
+    layer = decoder_layers(model)[1][1]
+    own = type(layer)
+    scaled = {"forward": lambda self, *args, **kwargs: own.forward(self, *args, **kwargs) * 0.8}  # as Gemma 4's are
+    layer.__class__ = type("Scaled", (own,), scaled)
+    with pytest.raises(QtuneError, match=r"layer 1 of LlamaForCausalLM"):
+        stepped(model, arranged(tmp_path, **keys))

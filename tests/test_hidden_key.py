@@ -263,3 +263,11 @@ def test_a_second_pass_takes_its_time(folder: Path, accumulate: int) -> None:
         for more in ([], ["train.consistency=1"])
     )
     assert 1.1 * plain < both < 1.5 * plain
+
+
+def test_mlps_side_by_side_are_refused(folder: Path) -> None:
+    """One alone would be cut: a shared MLP, or Gemma 4's experts."""
+    model = adapted(folder, torch.float32)
+    decoder_layers(model)[1][-1].shared_mlp = nn.Linear(4, 4)
+    with pytest.raises(QtuneError, match=r"has no MLP that qtune knows in its layers, but several side by side; leg"):
+        LanguageModel(model).arrange(TrainKeys(drop_hidden=0.5), MemoryKeys(), folder)

@@ -7,11 +7,11 @@ LoRAs of earlier tasks stay, frozen, a new one begins (A Kaiming-uniform, B zero
 zero at first, learn on with it. A [rank, in], B [out, rank]; earlier tasks lie in carried_A [tasks x rank, in] and
 carried_B [out, tasks x rank]; a task beyond `carry` is refused. h_k is never made: w_k . h_k = s (B_k^T w_k) . (A_k x).
 How a token is answered hangs on the token, so that no weight does the same: such a run is used, and not merged.
-
 Added to the loss for sparse attention, of each micro-batch: `sparse` times the sum over sites of the mean over tokens
 of g_1 + g_2 + ..., which teaches w and c alone. (The paper has an L1 norm of g; of a softmax over all, it would be 1.)
-Written after the paper's abstract and a summary of its method, which leave open what is decided here: a dense layer of
-one output a task, tanh, one g for each site and token, the number for `sparse`, and that w and c all learn on.
+With tanh no g is above e^2 / (e^2 + number of tasks), and a new task takes from the others' g before it has learned.
+After the paper's abstract and a summary, which leave open what is decided here: a dense layer of one output a task,
+tanh, one g for each site and token, the number for `sparse`, and that w and c all learn on.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Xia, Qin & Hazan 2024 (arXiv 2401.04151). The run is cut into `chain` equal parts: a LoRA is trained, tied to the weight
 and the next one begins, A drawn anew, B zero, the optimizer's states as at the start. It is ReLoRA without what keeps a
-long pretraining steady (states that stay in part, a learning rate that rises anew). As there, the links are carried
+long pretraining steady (states that stay in part, a learning rate that rises anew; the paper's abstract does not say
+whether its schedule begins anew, and 3 links of rank 16 are ours). As there, the links are carried
 beside the packed base (carried.py: `carry`). A [rank, in], B [out, rank]; rank of the update: at most chain x rank.
 Left out: links of falling ranks.
 """

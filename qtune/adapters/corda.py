@@ -5,7 +5,8 @@ Yang et al. 2024 (arXiv 2406.05223). The base holds the rest, W - B A. C is the 
 the calibration text is about; "kpm" (knowledge-preserved) the smallest, by a full SVD, to keep it. A root of S is in
 each factor; the scale alpha/rank is folded in (equal by default). The authors double the damping until a numerical
 inverse is accurate; here V^T C^-1 comes from a Cholesky factor, and what is wrong with it stays in the residual. They
-also scale each text's inputs by their maximum; here each token counts alike.
+also scale each text's inputs by their maximum; here each token counts alike. B A is the same for any multiple of C, but
+B has its root and A the inverse: how far one learning rate moves each is another than with the authors' C.
 """
 
 from __future__ import annotations

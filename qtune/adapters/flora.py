@@ -2,13 +2,14 @@
 
 Hao, Cao & Mou 2024 (arXiv 2402.03293): a LoRA whose A stays is a random projection of W's gradient, G A^T, and another
 A for each cycle makes the sum of high rank. The entries of A have the variance 1/rank, so that A^T A is the identity on
-average: no alpha, and learning rates are those of full training (the authors': 1e-4). At a new A the optimizer's mean
-M moves along, to M A A'^T, as the paper has it; its length stays, for it grows by the root of in/rank, which the
-paper's Adafactor divides away and AdamW would take as a step. The mean of squares becomes its row's average. States
+average: no alpha, and learning rates are those of full training (the authors' are times the RMS of W). At a new A the
+optimizer's mean M moves along, to M A A'^T, as the paper has it; its length stays, for it grows by the root of in/rank,
+which the authors' clipping bounds and AdamW would take as a step. The mean of squares becomes its row's average. States
 without B's shape (adamw8, Adafactor) begin anew. Only B [out, rank] is trained, and x is not kept, x A^T is.
 Products of finished cycles are carried beside the packed base (carried.py: `carry`). `period`: steps, or below 1 a
 share of the run; the authors: 1,000 steps.
-Left out: projections of the left side, and compressed sums of gradients over micro-batches (LoRA's B is one already).
+Left out: projections of the left side, compressed sums of gradients over micro-batches (LoRA's B is one already), and
+what needs W's whole gradient: the authors' code divides by its squares before it projects, and adds some of it.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 Wang et al. 2023 (arXiv 2310.14152). A task is a run; the next one begins with `qtune train RECIPE --from RUN`: what the
 run learned is carried, frozen, beside the base (carried.py), A is drawn anew, B is zero, so that the model starts as
-the run left it. Added to the loss: `penalty` times the sum of |A_k A^T| over all rows of earlier tasks and sites (the
-authors' code, lambda_1 = 0.5; their lambda_2 is weight decay). A [rank, in], B [out, rank]; the rank of the update is
-at most rank times the number of tasks. Beyond `carry` the factors of earlier tasks are cut to that rank, and a task for
-which there is no room without loss is refused. A first run is LoRA.
+the run left it. Added to the loss: `penalty` times the sum of |A_k A^T| over all rows of earlier tasks and sites: 0.5
+in the authors' code, at rank 8 on q and v (it grows with rank^2 and sites), 0 to 5 on many tasks; their lambda_2 times
+the norms of A and B is left out. A [rank, in], B [out, rank]; the rank of the update is at most rank times the number
+of tasks. Beyond `carry` the factors of earlier tasks are cut to that rank, as one product's, so that other rows of the
+same span stand in the penalty; a task for which there is no room without loss is refused. A first run is LoRA.
 Not to be mixed up with olora, which starts from a QR decomposition of W.
 """
 

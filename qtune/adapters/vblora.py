@@ -5,8 +5,9 @@ sites. A [rank, in] is laid out in pieces of `length` along its rows and B [out,
 logits over the bank, logits_A [rank, in / length, vectors], logits_B [out / length, rank, vectors]. Logits learn
 `logit_rate` times as fast as the bank (the paper: 1e-2 and 1e-3).
 
-Start: bank U(-0.02, 0.02) and logits N(0, 0.1), as in the paper, but as the identity, which theirs is not: the bank's
-vectors sum to zero in groups of k (for k = 2: v and -v), and each piece of B begins as the mean of one group.
+Start: bank U(-0.02, 0.02) and logits N(0, 0.1), as in PEFT (the authors' RoBERTa: 0.01), but as the identity, which
+theirs is not: the bank's vectors sum to zero in groups of k (for k = 2: v and -v), and each piece of B begins as the
+mean of one group.
 Widths that `length` does not divide take one more piece, cut off; PEFT has no form of those.
 Left out: saving the k largest logits alone, which cannot be trained on.
 """

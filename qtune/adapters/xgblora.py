@@ -1,11 +1,12 @@
 """XGBLoRA: y = base(x) + s (sum of boosters B_k A_k so far + B A) x; each booster trains a few layers, drawn at random.
 
 Zhang et al. 2024 (arXiv 2410.19694). A booster is a LoRA of rank 1 on a random `layers` share of the decoder layers (of
-the sites, where none are numbered); the paper's best for 32 layers is 11. After each `period` (steps, or below 1 a
-share of the run) it is added to the weight and the next is drawn, with new layers, A anew, B zero and new states of the
-optimizer. Here what boosters learned is carried beside the packed base (carried.py: `carry`).
-A [rank, in], B [out, rank]; rank of the update: at most the number of boosters that a layer got. The plan counts as if
-every layer were chosen each time. Left out: the paper's penalty on the norms of A and B (train.weight_decay is near).
+the sites, where none are numbered); the paper's best for Llama-3-8B is 11 of 32; alpha and `period` are ours. After
+each `period` (steps, or below 1 a share of the run) it is added to the weight and the next is drawn, with new layers, A
+anew, B zero and new states of the optimizer. Here what boosters learned is carried beside the packed base (carried.py:
+`carry`). A [rank, in], B [out, rank]; rank of the update: at most the number of boosters that a layer got. The plan
+counts as if every layer were chosen each time. Left out: the paper's penalty on the norms of A and B
+(train.weight_decay is near).
 """
 
 from __future__ import annotations

@@ -302,6 +302,7 @@ combined, inspected or written as a LoRA.
 > Use the run itself: qtune chat and qtune eval take it. For a checkpoint, train with a method that merges, as olora_cl.
 
 Q430 A dropout that this architecture does not allow
-The model computes its attention by itself, so that no key can be left out, or its layers have no MLP that qtune knows.
+The model computes its attention by itself, so that no key can be left out, or its layers have no MLP that qtune knows,
+or they do more to what goes in than to add to it, so that no gradient can go by them.
 > Set the key that the message names to 0; adapter.dropout works with every model.
 """

@@ -9,7 +9,8 @@ With `drop` (DropBP, Woo et al., 2402.17812) each layer is by that chance left o
 forward pass: it computes what it always does, keeps nothing, learns nothing, and the gradient goes by it, as by its
 residual connection. As published, the gradients of the others are not made larger for it. Differs from the paper: a
 layer is left out as a whole, where the authors draw for its attention and its MLP; all have one chance, where theirs
-can follow each layer's sensitivity; and where no layer with something to learn would be left, one stays.
+can follow each layer's sensitivity, and leave out more where chance left out too few; and where no layer with
+something to learn would be left, one stays. Layers that do more to what goes in than to add to it are refused.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from ..quant import QuantLinear
 from .boundaries import Boundaries, Kept
 from .random import random_states, replayed
 from .tiles import blank, unread
+
+LARGE, LARGE_HALF = 2.0**24, 2.0**14  # largest value that goes into a layer to be looked at; fp16 ends at 65,504
+OFF = 0.05  # more than rounding brings into that look
 
 
 class Weights(Protocol):
@@ -51,11 +55,12 @@ class Resident:
 class Layers:
     """Stands before the `forward` of each layer of a model from its making to `remove`."""
 
-    def __init__(self, layers: nn.ModuleList, weights: Weights) -> None:
-        self.layers, self.weights = layers, weights
+    def __init__(self, layers: nn.ModuleList, weights: Weights, name: str = "the model") -> None:
+        self.layers, self.weights, self.name = layers, weights, name
         self.boundaries: Boundaries | None = None
         self.drop = 0.0  # the chance of each layer to be left out of a backward
         self._kept = [True] * len(layers)  # in the forward pass at hand
+        self._adds: set[int] = set()  # layers that were seen to add to what goes in
         # so that autograd comes by where no input asks it to; one for all, or no layer would be like the next to a plan
         self._token = torch.empty(0, device="cpu", requires_grad=True)
         self._own: list[Callable[..., Any]] = [layer.forward for layer in layers]
@@ -97,6 +102,31 @@ class Layers:
         if able and not any(self._kept[index] for index in able):
             self._kept[max(able, key=lambda index: chances[index])] = True
 
+    @torch.no_grad()
+    def _see(self, index: int, args: Any, kwargs: Any) -> None:
+        """Raises QtuneError unless y(2 c x) - y(c x) is c x for a large c: branches behind norms give the same for
+        both, so that this is what the layer does to x itself. Dropout off, so that nothing is drawn."""
+        leaves, spec = tree_flatten((args, kwargs))
+        place = next(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point())
+        x = leaves[place]
+        x = x * ((LARGE_HALF if x.dtype == torch.float16 else LARGE) / x.abs().max())
+        modes = [(module, module.training) for module in self.layers[index].modules()]
+        self.layers[index].eval()
+        y: list[Tensor] = []
+        for times in (1, 2):
+            leaves[place] = times * x
+            y.append(tree_flatten(self.run(index, *tree_unflatten(leaves, spec)))[0][0])
+        for module, training in modes:
+            module.training = training
+        off = float((y[1].float() - y[0].float() - x.float()).norm() / x.float().norm())
+        if not off < OFF:
+            raise QtuneError(
+                "Q430",
+                f"train.drop_backward is {self.drop:g}, and layer {index} of {self.name} does more to what goes in "
+                f"than to add to it (off by {off:.0%}), so that no gradient can go by it; legal: 0",
+            )
+        self._adds.add(index)
+
     def _by(self, index: int, args: Any, kwargs: Any) -> Any:
         """The layer, and a backward that goes by it."""
         with torch.no_grad():
@@ -109,6 +139,8 @@ class Layers:
         if training and self.drop:
             if index == 0:
                 self._draw()
+            if index not in self._adds:
+                self._see(index, args, kwargs)
             if not self._kept[index]:
                 return self._by(index, args, kwargs)
         if self.boundaries is None or not training:
@@ -257,7 +289,7 @@ def run_layers(model: nn.Module, weights: Weights | None = None) -> Layers:
             f"the last {shared} layers of {type(model).__name__} take keys and values of layers before them, which "
             "cannot be run one by one; memory.weights and memory.boundaries must be device",
         )
-    layers = Layers(decoder_layers(model)[1], weights or Resident())
+    layers = Layers(decoder_layers(model)[1], weights or Resident(), type(model).__name__)
     model.qtune_layers = layers  # type: ignore[assignment]
     return layers
 

@@ -29,6 +29,7 @@ from .layerwise import decoder_layers
 NAME = "qtune_dropped"  # of an attention in transformers' registry, before the name of the one that it calls
 INNER = (*apart.INNER, *(f"{apart.NAME}_{inner}" for inner in apart.INNER))
 MLPS = ("mlp", "block_sparse_moe", "feed_forward")  # what decoder layers call theirs
+BESIDE = ("shared_mlp", "experts")  # another of theirs, whose outputs are added to those of the first
 WIDER = 8  # dimensions: kernels want heads of a multiple
 BELOW = 500.0  # exp(-BELOW) is 0 in fp32 whatever the other logits are, and near BELOW fp32 still has five digits
 KEYS, HIDDEN = "qtune_drop_keys", "qtune_drop_hidden"  # the chance of a module; the hook of an MLP
@@ -44,14 +45,18 @@ def begin(model: PreTrainedModel, keys: float, hidden: float) -> None:
         for module in layer.modules():  # whichever of them calls the attention
             setattr(module, KEYS, keys)
     for layer in upper if hidden else ():
-        mlp = next((found for name in MLPS if isinstance(found := getattr(layer, name, None), nn.Module)), None)
-        if mlp is None:
+        mlp, *_ = [*_modules(layer, MLPS), None]
+        if mlp is None or _modules(layer, BESIDE):
             raise QtuneError(
                 "Q430",
                 f"train.drop_hidden is {hidden:g}, and {type(model).__name__} has no MLP that qtune knows in its "
-                "layers; legal: 0",
+                f"layers{'' if mlp is None else ', but several side by side'}; legal: 0",
             )
         setattr(mlp, HIDDEN, mlp.register_forward_hook(partial(_cut, hidden)))
+
+
+def _modules(layer: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    return [found for name in names if isinstance(found := getattr(layer, name, None), nn.Module)]
 
 
 def end(model: nn.Module) -> None:
