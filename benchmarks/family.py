@@ -5,17 +5,18 @@ SmolLM2-135M, nf4, every linear layer; a method that refuses nf4 is on the first
 method's option of size (`rank`, else the first whole number that changes the count) is chosen so that the trained
 values come nearest to those of LoRA of rank 16; one that comes no nearer than a quarter is sparing by nature, and runs
 at its defaults. The learning rate climbs half decades while the mean loss of the last steps of a pilot falls. Then 24
-steps of 256 tokens of Wikipedia for each of 2 seeds, and held-out perplexity. `--full`: every scheme, 5 seeds, the
-demo's task; `--smoke`: 2 steps, one seed, one rate, into a file that is not kept. A row for each finished run.
-Ranks: `family_cell.ranks`, of the first seed. Bytes: the most alive at once in a step of 2 x 256, planned, and by the
-allocator's events of a real one (`qtune plan --measure`). Time: a median step of 2 x 256 by LoRA's, in turns.
+steps of 256 tokens of Wikipedia for each of 2 seeds, at the next best rate where one diverges, and held-out perplexity.
+`--full`: every scheme, 5 seeds, the demo's task; `--smoke`: 2 steps, one seed, one rate, into a file that is not kept.
+A row for each finished run. Ranks: `family_cell.ranks`, of the first seed. Bytes: the most alive at once in a step of
+2 x 256, planned, and by the allocator's events of a real one (`qtune plan --measure`). Time: a median step of 2 x 256
+by LoRA's, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ RESULTS = FOLDER / "family.jsonl"
 RANK, REFERENCE = 16, "lora"
 RATES = tuple(float(f"{mantissa}e{power}") for power in range(-5, 0) for mantissa in (1, 3))
 FIRST_RATE, JUDGED = 1e-3, 4  # where the climb begins, and the last steps of a pilot that count
+DIVERGED = 1.5  # times its first loss: a run whose last ones are above went wrong
 NEAR, MOST = 1.25, 8  # times LoRA's trained values; times an option's default that is tried
 STEPS, PILOT, SEEDS, FULL_SEEDS, TURNS = 24, 8, (0, 1), (0, 1, 2, 3, 4), 4
 ROWS = 1  # windows of a training step; what a step takes is measured with quality.py's
@@ -81,13 +83,18 @@ class Book(Rows):
         return next((run for run in runs if self.find(self.key(cell, *run)) is None), None)
 
     def tried(self, cell: Cell) -> dict[float, float]:
-        """Learning rate -> mean of the last losses of its pilot; infinite where it diverged."""
+        """Learning rate -> mean of the last losses of its pilot; infinite where that or a run diverged."""
         rows = {rate: self.find(self.key(cell, "rate", rate, 0)) for rate in RATES}
         return {
-            rate: math.inf if "diverged" in row else sum(row["losses"][-JUDGED:]) / len(row["losses"][-JUDGED:])
+            rate: math.inf if "diverged" in row or self.went_wrong(cell, rate) else last(row["losses"])
             for rate, row in rows.items()
             if row
         }
+
+    def went_wrong(self, cell: Cell, rate: float) -> bool:
+        """Did a run at this learning rate diverge?"""
+        rows = (self.find(self.key(cell, "run", rate, seed)) for seed in self.seeds)
+        return any("diverged" in row or last(row["losses"]) > DIVERGED * row["losses"][0] for row in rows if row)
 
     def unknown_rate(self, cell: Cell) -> float | None:
         """The learning rate to try now; None: the best has worse ones on both sides."""
@@ -104,6 +111,11 @@ class Book(Rows):
         """The learning rate of the runs."""
         tried = self.tried(cell)
         return FIRST_RATE if self.smoke else min(tried, key=lambda rate: (tried[rate], rate))
+
+
+def last(losses: Sequence[float]) -> float:
+    """The mean of the last ones that count."""
+    return sum(losses[-JUDGED:]) / len(losses[-JUDGED:])
 
 
 def cells(full: bool) -> list[Cell]:

@@ -41,7 +41,7 @@ def test_what_is_left_to_do(family: ModuleType) -> None:
         if todo[0] == "rate":
             climb(family, book, cell, 1e-2)
         else:
-            book.add(book.key(cell, *todo), {"perplexity": 20.0})
+            book.add(book.key(cell, *todo), {"perplexity": 20.0, "losses": [3.5, 3.6]})
     assert [kind for kind, _, _ in done] == ["start", "plan", "rate", "run", "run", "cost"]
     assert set(book.tried(cell)) == {1e-3, 3e-3, 1e-2, 3e-2} and book.chosen(cell) == 1e-2
     assert [(rate, seed) for kind, rate, seed in done if kind == "run"] == [(1e-2, 0), (1e-2, 1)]
@@ -49,6 +49,18 @@ def test_what_is_left_to_do(family: ModuleType) -> None:
     refused = family.Cell("nf4", "ia3")
     book.add(book.key(refused, "start"), {"refused": "no"})
     assert book.next(refused) is None
+
+
+def test_where_a_run_diverges_the_next_best_rate_is_taken(family: ModuleType) -> None:
+    book, cell = family.Book(), family.Cell("nf4", "xgblora")
+    runs = []
+    while todo := book.next(cell):
+        if todo[0] == "rate":
+            climb(family, book, cell, 1e-2)
+        else:
+            runs += [todo[1:]] if todo[0] == "run" else []
+            book.add(book.key(cell, *todo), {"losses": [3.5, 9.0 if todo[1] == 1e-2 else 3.4]})
+    assert runs == [(1e-2, 0), (3e-3, 0), (3e-3, 1)] and book.chosen(cell) == 3e-3
 
 
 def test_a_rate_below_the_first_is_found(family: ModuleType) -> None:
