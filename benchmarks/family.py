@@ -171,48 +171,67 @@ def distance(count: int, target: int) -> float:
 # ---- the picture
 
 
+GREY, RED = "#808080", "#c0504d"  # legible on light and on dark
+
+
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Perplexity against measured bytes of every method on the main scheme."""
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
     points = [(p["measured"] / 2**20, p["perplexity"], p["method"]) for p in family_points(rows, SCHEME) if p["drawn"]]
     if not points:
         return
+    points.sort(key=lambda point: point[2] == REFERENCE)  # drawn over what lies at its place
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "family", "font.size": 9}):
-        figure = Figure(figsize=(9, 5.5), layout="constrained")
-        canvas = FigureCanvasSVG(figure)
+        figure = Figure(figsize=(9, 7), layout="constrained")
+        canvas = FigureCanvasAgg(figure)  # measures text; the file is SVG
         axes = figure.add_subplot(facecolor="none")
-        grey = "#808080"  # legible on light and on dark
-        axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], s=22, color="#3f7fbf", zorder=3)
-        axes.set_xlabel(f"most bytes alive in a step, MiB, measured ({SCHEME})", color=grey)
-        axes.set_ylabel("held-out perplexity after fine-tuning", color=grey)
-        axes.tick_params(colors=grey)
-        axes.grid(color=grey, alpha=0.25)
+        colours = [RED if name == REFERENCE else "#3f7fbf" for _, _, name in points]
+        axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], s=22, color=colours, zorder=3)
+        axes.set_xlabel(f"most bytes alive in a step, MiB, measured ({SCHEME})", color=GREY)
+        axes.set_ylabel("held-out perplexity after fine-tuning", color=GREY)
+        axes.tick_params(colors=GREY)
+        axes.grid(color=GREY, alpha=0.25)
         axes.margins(0.08)
         for spine in axes.spines.values():
             spine.set_visible(False)
         figure.draw_without_rendering()
-        taken: list[Any] = []
-        for x, y, name in sorted(points):
+        places = axes.transData.transform([(x, y) for x, y, _ in points])
+        taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in places]
+        for x, y, name in sorted(points, key=lambda point: (point[2] != REFERENCE, -point[1], point[0])):
             taken.append(_label(axes, canvas, (x, y), name, taken))
         figure.savefig(path, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     print(f"wrote {path}")
 
 
 def _label(axes: Any, canvas: Any, at: tuple[float, float], name: str, taken: list[Any]) -> Any:
-    """Write a method's name at the nearest of some places beside its point where no other stands; the place's box."""
-    colour = "#c0504d" if name == REFERENCE else "#808080"
-    text = axes.annotate(name, at, xytext=(5, 3), textcoords="offset points", color=colour, fontsize=8)
-    for far in range(4, 60, 6):
-        for dx, dy, side in ((1, 0.5, "left"), (-1, 0.5, "right"), (1, -1.5, "left"), (-1, -1.5, "right")):
-            text.set_position((far * dx, far * dy))
-            text.set_horizontalalignment(side)
-            box = text.get_window_extent(canvas.get_renderer() if hasattr(canvas, "get_renderer") else None)
-            if not any(box.overlaps(other) for other in taken):
-                return box
-    return text.get_window_extent()
+    """Write a method's name at the nearest free place around its point, with a line where that is far; its box."""
+    from matplotlib.text import Text
+
+    colour = RED if name == REFERENCE else GREY
+    line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.4, "alpha": 0.7, "shrinkA": 1, "shrinkB": 3}
+    places = [(r * math.cos(t), r * math.sin(t), r > 14) for r in range(8, 130, 6) for t in _turns(r)]
+    for dx, dy, far in places:
+        side = "left" if dx >= 0 else "right"
+        text = axes.annotate(
+            name, at, xytext=(dx, dy), textcoords="offset points", color=colour, fontsize=8, ha=side, va="center",
+            arrowprops=line if far else None,
+        )  # fmt: skip
+        text.update_positions(canvas.get_renderer())
+        box = Text.get_window_extent(text, canvas.get_renderer())  # of the name alone, without its line
+        if (dx, dy, far) == places[-1] or not any(box.overlaps(other) for other in taken):
+            return box
+        text.remove()
+    raise AssertionError("the last place is taken whatever stands there")
+
+
+def _turns(radius: int) -> list[float]:
+    """Angles about a point, a dozen points of arc from one another, from right upwards by turns to both sides."""
+    number = max(4, radius // 2)
+    return [2 * math.pi * (i + 0.25) / number for i in range(number)]
 
 
 # ---- all cells

@@ -15,7 +15,7 @@ from typing import Any
 from family import NEAR, PILOT, RANK, REFERENCE, ROWS, TURNS, Book, Cell, distance, nearest
 from measure import take_turns
 from quality import BATCH, LENGTH, WINDOW
-from quality_cell import Bench, Start, train, training
+from quality_cell import Bench, Start, perplexity, train, training
 
 TARGETS = ("all-linear",)
 THIRD = 3  # blocks whose layers' ranks are taken: every third
@@ -134,7 +134,10 @@ class Work:
         seconds = time.perf_counter() - begun
         self.sites, self.first = adapted_sites(self.language.model), Start(self.language.model)
         give_back()
-        return {**self.said, "start_seconds": seconds}
+        row = {**self.said, "start_seconds": seconds}
+        if self.cell.method == REFERENCE:  # which starts as the packed model is
+            row["perplexity"] = perplexity(self.language, self.bench)
+        return row
 
     def loaded(self, spec: Any) -> Any:
         """A language model with adapters, ready to train."""

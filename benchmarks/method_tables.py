@@ -177,12 +177,21 @@ def family_table(rows: list[dict[str, Any]]) -> list[str]:
         heads += ["MiB planned, measured", "step, times LoRA's", "perplexity (least to most)", "learning rate"]
         heads += ["accuracy"] * task
         lines += [f"On `{scheme}`:", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"] if points else []
-        for point in sorted(points, key=lambda p: p["perplexity"] or math.inf):
-            lines.append(f"| {' | '.join(_family_cells(point, task))} |")
+        entries = [(point["perplexity"] or math.inf, _family_cells(point, task)) for point in points]
+        if before := [row["perplexity"] for row in latest(rows) if _of_the_base(row, scheme)]:
+            blank = [""] * (len(heads) - 3 - task)
+            entries.append((before[0], ["none, the packed model", *blank, _perplexity(before[0]), *[""] * (1 + task)]))
+        lines += [f"| {' | '.join(cells)} |" for _, cells in sorted(entries, key=lambda entry: entry[0])]
         lines += [""] if points else []
     if PICTURE.exists():
         lines.append("![Perplexity against bytes](methods.svg)")
     return lines[: -1 if lines and not lines[-1] else None]
+
+
+def _of_the_base(row: dict[str, Any], scheme: str) -> bool:
+    """Has a row the perplexity of LoRA's start, which is the packed model as it is?"""
+    given = row["settings"]
+    return "perplexity" in row and (given["kind"], given["scheme"], given["method"]) == ("start", scheme, "lora")
 
 
 def _family_cells(point: dict[str, Any], task: bool) -> list[str]:

@@ -128,7 +128,8 @@ def test_table_and_picture(family: ModuleType, tmp_path: Path, monkeypatch: pyte
     ranks = {"effective": 7.25, "stable": 3.0, "numerical": 16.0, "size": 0.01}
     for method, perplexity in (("lora", 25.0), ("bhra", 24.0)):
         cell = family.Cell("nf4", method)
-        book.add(book.key(cell, "start"), {"options": {"rank": 16}, "trained": 4884480, "of_lora": 1.0})
+        started = {"options": {"rank": 16}, "trained": 4884480, "of_lora": 1.0}
+        book.add(book.key(cell, "start"), started | ({"perplexity": 25.3} if method == "lora" else {}))
         book.add(book.key(cell, "plan"), {"planned": 400 << 20, "measured": 401 << 20})
         climb(family, book, cell, 1e-3)
         for seed in (0, 1):
@@ -140,4 +141,6 @@ def test_table_and_picture(family: ModuleType, tmp_path: Path, monkeypatch: pyte
     assert lines[0] == "On `nf4`:" and lines[-1] == "![Perplexity against bytes](methods.svg)"
     head, tail = "| `bhra` | rank 16 | 4,884,480 | 1.00 |", "1.25 | 24.50 (24.00 to 25.00) | 0.001 |"
     assert lines[4] == f"{head} 7.2, 3.0, 16.0 | 400.0, 401.0 | {tail}"
+    assert lines[5] == "| none, the packed model |  |  |  |  |  |  | 25.30 |  |" and lines[6].startswith("| `lora` |")
+    assert len({line.count("|") for line in lines[2:7]}) == 1
     assert "bhra" in (tmp_path / "docs" / "methods.svg").read_text()
