@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qtune.errors import QtuneError
 from qtune.memory.boundaries import Boundaries
-from qtune.memory.layers import layers_of, whole_backward
+from qtune.memory.layers import Layers, layers_of, whole_backward
 from qtune.model.layerwise import decoder_layers
 from qtune.planner.step_trace import MetaBatch, planned_trace
 from qtune.sections import MemoryKeys, TrainKeys
@@ -151,6 +151,18 @@ def test_every_family_adds_to_what_goes_into_its_layers(family: str, dtype: torc
     tiny.saved(family, tmp_path)
     loss, gradients = stepped(adapted(tmp_path, dtype), arranged(tmp_path, drop_backward=0.3))
     assert loss > 0 and gradients
+
+
+def test_each_layer_is_looked_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where training is arranged anew."""
+    seen: list[int] = []
+    see = Layers._see
+    monkeypatch.setattr(Layers, "_see", lambda self, index, *rest: (seen.append(index), see(self, index, *rest)))
+    model = adapted(folder)
+    for _ in range(2):
+        stepped(model, arranged(folder, checkpointing=False, drop_backward=CHANCE))
+        LanguageModel(model).restore()
+    assert seen == [0, 1, 2, 3, 4]
 
 
 def test_looking_at_the_layers_changes_no_draw(folder: Path) -> None:

@@ -32,6 +32,7 @@ from .random import random_states, replayed
 from .tiles import blank, unread
 
 LARGE, LARGE_HALF = 2.0**24, 2.0**14  # largest value that goes into a layer to be looked at; fp16 ends at 65,504
+ADDS = "qtune_adds"  # a layer that was seen to add to what goes in
 OFF = 0.05  # more than rounding brings into that look
 
 
@@ -60,7 +61,6 @@ class Layers:
         self.boundaries: Boundaries | None = None
         self.drop = 0.0  # the chance of each layer to be left out of a backward
         self._kept = [True] * len(layers)  # in the forward pass at hand
-        self._adds: set[int] = set()  # layers that were seen to add to what goes in
         # so that autograd comes by where no input asks it to; one for all, or no layer would be like the next to a plan
         self._token = torch.empty(0, device="cpu", requires_grad=True)
         self._own: list[Callable[..., Any]] = [layer.forward for layer in layers]
@@ -125,7 +125,7 @@ class Layers:
                 f"train.drop_backward is {self.drop:g}, and layer {index} of {self.name} does more to what goes in "
                 f"than to add to it (off by {off:.0%}), so that no gradient can go by it; legal: 0",
             )
-        self._adds.add(index)
+        setattr(self.layers[index], ADDS, True)
 
     def _by(self, index: int, args: Any, kwargs: Any) -> Any:
         """The layer, and a backward that goes by it."""
@@ -139,7 +139,7 @@ class Layers:
         if training and self.drop:
             if index == 0:
                 self._draw()
-            if index not in self._adds:
+            if not getattr(self.layers[index], ADDS, False):
                 self._see(index, args, kwargs)
             if not self._kept[index]:
                 return self._by(index, args, kwargs)
