@@ -34,11 +34,21 @@ class Rows:
 
     def __init__(self, path: Path, command: str, same_code: bool) -> None:
         self.path, self.command, self.same_code, self.code = path, command, same_code, code_version()
+        self._read: tuple[tuple[int, int], list[dict[str, Any]]] | None = None  # the file's state, and its rows then
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The newest row of each settings; read again only where the file is another, as other processes add to it."""
+        if not self.path.exists():
+            return []
+        info = self.path.stat()
+        state = info.st_mtime_ns, info.st_size
+        if self._read is None or self._read[0] != state:
+            self._read = state, latest(read_rows(self.path))
+        return self._read[1]
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """The newest row of these settings."""
-        rows = latest(read_rows(self.path)) if self.path.exists() else []
-        good = [row for row in rows if not self.same_code or row["code"] == self.code]
+        good = (row for row in self.rows() if not self.same_code or row["code"] == self.code)
         return next((row for row in good if row["settings"] == key), None)
 
     def add(self, key: dict[str, Any], found: dict[str, Any]) -> None:

@@ -213,25 +213,20 @@ def _label(axes: Any, canvas: Any, at: tuple[float, float], name: str, taken: li
 
     colour = RED if name == REFERENCE else GREY
     line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.4, "alpha": 0.7, "shrinkA": 1, "shrinkB": 3}
-    places = [(r * math.cos(t), r * math.sin(t), r > 14) for r in range(8, 130, 6) for t in _turns(r)]
-    for dx, dy, far in places:
-        side = "left" if dx >= 0 else "right"
-        text = axes.annotate(
-            name, at, xytext=(dx, dy), textcoords="offset points", color=colour, fontsize=8, ha=side, va="center",
-            arrowprops=line if far else None,
-        )  # fmt: skip
-        text.update_positions(canvas.get_renderer())
-        box = Text.get_window_extent(text, canvas.get_renderer())  # of the name alone, without its line
-        if (dx, dy, far) == places[-1] or not any(box.overlaps(other) for other in taken):
-            return box
-        text.remove()
-    raise AssertionError("the last place is taken whatever stands there")
-
-
-def _turns(radius: int) -> list[float]:
-    """Angles about a point, a dozen points of arc from one another, from right upwards by turns to both sides."""
-    number = max(4, radius // 2)
-    return [2 * math.pi * (i + 0.25) / number for i in range(number)]
+    where = {"xytext": (0, 0), "textcoords": "offset points", "va": "center"}
+    text = axes.annotate(name, at, color=colour, fontsize=8, arrowprops=line, **where)
+    for radius in range(8, 130, 6):
+        text.arrow_patch.set_visible(radius > 14)
+        number = max(4, radius // 2)  # a dozen points of arc from one another
+        for turn in range(number):
+            angle = 2 * math.pi * (turn + 0.25) / number
+            text.set_position((radius * math.cos(angle), radius * math.sin(angle)))
+            text.set_horizontalalignment("left" if math.cos(angle) >= 0 else "right")
+            text.update_positions(canvas.get_renderer())
+            box = Text.get_window_extent(text, canvas.get_renderer())  # of the name alone, without its line
+            if not any(box.overlaps(other) for other in taken):
+                return box
+    return box
 
 
 # ---- all cells

@@ -56,7 +56,7 @@ class Resident:
 class Layers:
     """Stands before the `forward` of each layer of a model from its making to `remove`."""
 
-    def __init__(self, layers: nn.ModuleList, weights: Weights, name: str = "the model") -> None:
+    def __init__(self, layers: nn.ModuleList, weights: Weights, name: str) -> None:
         self.layers, self.weights, self.name = layers, weights, name
         self.boundaries: Boundaries | None = None
         self.drop = 0.0  # the chance of each layer to be left out of a backward
@@ -107,17 +107,19 @@ class Layers:
         """Raises QtuneError unless y(2 c x) - y(c x) is c x for a large c: branches behind norms give the same for
         both, so that this is what the layer does to x itself. Dropout off, so that nothing is drawn."""
         leaves, spec = tree_flatten((args, kwargs))
-        place = next(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point())
+        place = _hidden(leaves)
         x = leaves[place]
         x = x * ((LARGE_HALF if x.dtype == torch.float16 else LARGE) / x.abs().max())
         modes = [(module, module.training) for module in self.layers[index].modules()]
         self.layers[index].eval()
         y: list[Tensor] = []
-        for times in (1, 2):
-            leaves[place] = times * x
-            y.append(tree_flatten(self.run(index, *tree_unflatten(leaves, spec)))[0][0])
-        for module, training in modes:
-            module.training = training
+        try:
+            for times in (1, 2):
+                leaves[place] = times * x
+                y.append(tree_flatten(self.run(index, *tree_unflatten(leaves, spec)))[0][0])
+        finally:
+            for module, training in modes:
+                module.training = training
         off = float((y[1].float() - y[0].float() - x.float()).norm() / x.float().norm())
         if not off < OFF:
             raise QtuneError(
@@ -131,8 +133,8 @@ class Layers:
         """The layer, and a backward that goes by it."""
         with torch.no_grad():
             flat, spec = tree_flatten(self.run(index, args, kwargs))
-        x = next(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.is_floating_point())
-        return tree_unflatten([_Passed.apply(x, flat[0]), *flat[1:]], spec)
+        leaves = tree_flatten((args, kwargs))[0]
+        return tree_unflatten([_Passed.apply(leaves[_hidden(leaves)], flat[0]), *flat[1:]], spec)
 
     def _forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
         training = torch.is_grad_enabled() and self.layers[index].training
@@ -151,7 +153,7 @@ class Layers:
             with torch.no_grad():
                 return self.run(index, args, kwargs)
         if not places:  # the first trained layer: its input is not learned, but must be kept as others are
-            places = [next(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point())]
+            places = [_hidden(leaves)]
         call = _Call(self, self.boundaries, index, leaves, spec, places)
         given = [leaves[i] for i in places]
         for i in places:
@@ -253,6 +255,11 @@ def whole_backward(model: nn.Module) -> Iterator[None]:
     finally:
         if layers is not None:
             layers.drop = drop
+
+
+def _hidden(leaves: list[Any]) -> int:
+    """The place of the hidden states among a layer's arguments: the first that is no integer."""
+    return next(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point())
 
 
 def learns(layer: nn.Module) -> bool:

@@ -45,17 +45,18 @@ def begin(model: PreTrainedModel, keys: float, hidden: float) -> None:
         for module in layer.modules():  # whichever of them calls the attention
             setattr(module, KEYS, keys)
     for layer in upper if hidden else ():
-        mlp, *_ = [*_modules(layer, MLPS), None]
-        if mlp is None or _modules(layer, BESIDE):
+        mlps = _modules(layer, MLPS)
+        if not mlps or _modules(layer, BESIDE):
             raise QtuneError(
                 "Q430",
                 f"train.drop_hidden is {hidden:g}, and {type(model).__name__} has no MLP that qtune knows in its "
-                f"layers{'' if mlp is None else ', but several side by side'}; legal: 0",
+                f"layers{', but several side by side' if mlps else ''}; legal: 0",
             )
-        setattr(mlp, HIDDEN, mlp.register_forward_hook(partial(_cut, hidden)))
+        setattr(mlps[0], HIDDEN, mlps[0].register_forward_hook(partial(_cut, hidden)))
 
 
 def _modules(layer: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """Those of a layer's modules that have one of these names."""
     return [found for name in names if isinstance(found := getattr(layer, name, None), nn.Module)]
 
 
